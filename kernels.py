@@ -1,0 +1,971 @@
+"""Every kernel of tinynerf, in the order in which a ray meets them; each forward is followed by its backward.
+
+    pixel -> ray -> march -> sample -> hash grid -> density MLP -> sigma, geometry
+                                   direction + geometry -> color MLP -> rgb
+    rgb, sigma -> volume rendering -> loss, and back: loss -> rendering -> MLPs -> hash grid -> Adam
+
+Rules that hold for the whole file:
+  1. Buffers are flat f32, i32 or u32 arrays. A shape like [n, 4] means row-major: x[4*i + c].
+     Only the MLP's activations and weights are arrays of vectors, one row an element: x[i][c].
+  2. A kernel is one parallel loop. The loop index is the thread id; threads of one launch share nothing.
+  3. Launches run in order, and all writes of one are visible to the next. There is no other synchronisation.
+  4. grad_x has the shape of x. Gradients of parameters accumulate (+=) until adam_step clears them, all others are
+     overwritten (=).
+  5. A buffer entry has one writer per launch, except where the docstring has an 'atomic' line.
+  6. The scene's box is the unit cube: positions are in [0, 1]^3, and lengths and 1/sigma are in units of its side.
+Nothing here uses autodiff, 64-bit or 16-bit types, shared memory, subgroups, recursion or captured state.
+
+Index letters: r ray, i sample, l level, j input of a layer, o output of a layer, c component, t thread.
+Counts made on the device stay there: the buffer `counter` [4] i32 holds
+    [0] samples of this launch list    [1] rays that got their samples    [2] rays dropped, [3] samples: running totals
+Unless the docstring says otherwise, "thread one per sample" means counter[0] threads.
+"""
+import taichi as ti
+
+f32buf = ti.types.ndarray(ti.f32, ndim=1)
+i32buf = ti.types.ndarray(ti.i32, ndim=1)
+u32buf = ti.types.ndarray(ti.u32, ndim=1)
+
+WIDTH = 64            # neurons of a hidden layer, and the most inputs any layer has
+OUTPUT = 16           # outputs of an MLP's last layer; the color MLP uses 3 of them
+N_FEATURES = 4        # features of a hash-table slot
+END = 1 << 30         # step index of a ray that has left the box
+T_STOP = 1e-4         # a ray ends when less than this share of light reaches its next sample
+RAW_SIGMA_MAX = 15.0  # exp() is guarded above this: e^15 per box side is opaque within one step
+
+row64 = ti.types.vector(WIDTH, ti.f32)
+row16 = ti.types.vector(OUTPUT, ti.f32)
+vec3 = ti.types.vector(3, ti.f32)
+vec4 = ti.types.vector(4, ti.f32)
+rows64 = ti.types.ndarray(row64, ndim=1)
+rows16 = ti.types.ndarray(row16, ndim=1)
+
+# Streams of random numbers; background and cell take three each, one per component.
+STREAM_VIEW, STREAM_PIXEL, STREAM_JITTER, STREAM_BACKGROUND, STREAM_CELL, STREAM_INIT = 0, 1, 2, 3, 6, 9
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Random numbers
+# ---------------------------------------------------------------------------------------------------------------------
+
+@ti.func
+def hash_u32(x):
+    """PCG's output permutation as a hash of one u32 (Jarzynski and Olano 2020, "Hash Functions for GPU Rendering")."""
+    state = x * ti.u32(747796405) + ti.u32(2891336453)
+    word = ((state >> ((state >> 28) + ti.u32(4))) ^ state) * ti.u32(277803737)
+    return (word >> 22) ^ word
+
+
+@ti.func
+def random_u32(seed, stream, step, index):
+    """Counter-based: the same four numbers give the same 32 bits on every backend, in any order of threads."""
+    return hash_u32(ti.u32(index) + hash_u32(ti.u32(step) + hash_u32(ti.u32(stream) + hash_u32(ti.u32(seed)))))
+
+
+@ti.func
+def random_f32(seed, stream, step, index):
+    """Uniform in [0, 1): the upper 24 bits, which f32 holds exactly."""
+    return ti.cast(random_u32(seed, stream, step, index) >> 8, ti.f32) * (1.0 / 16777216.0)
+
+
+@ti.kernel
+def fill_uniform(n: ti.i32, first: ti.i32, bound: ti.f32, seed: ti.i32, x: f32buf):
+    """Initial parameters: x = U(-bound, bound) for the n entries from `first` on.
+
+    x        [>= first + n]  out
+    thread   one per entry
+    """
+    for t in range(n):
+        x[first + t] = bound * (2.0 * random_f32(seed, STREAM_INIT, 0, first + t) - 1.0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rays
+# ---------------------------------------------------------------------------------------------------------------------
+
+@ti.kernel
+def pick_pixels(n_rays: ti.i32, n_views: ti.i32, view_pixels: ti.i32, seed: ti.i32, step: ti.i32, ray_pixel: i32buf):
+    """Pixels of a training batch: a random view, then a random pixel of it, with replacement.
+
+    ray_pixel  [n_rays]  out   view * view_pixels + row * width + column
+    thread     one per ray
+    """
+    for r in range(n_rays):
+        view = ti.cast(random_u32(seed, STREAM_VIEW, step, r) % ti.u32(n_views), ti.i32)
+        pixel = ti.cast(random_u32(seed, STREAM_PIXEL, step, r) % ti.u32(view_pixels), ti.i32)
+        ray_pixel[r] = view * view_pixels + pixel
+
+
+@ti.kernel
+def list_pixels(n_rays: ti.i32, first: ti.i32, ray_pixel: i32buf):
+    """Pixels of an image that is rendered: the n_rays pixels from `first` on.
+
+    ray_pixel  [n_rays]  out   as in pick_pixels
+    thread     one per ray
+    """
+    for r in range(n_rays):
+        ray_pixel[r] = first + r
+
+
+@ti.kernel
+def generate_rays(n_rays: ti.i32, width: ti.i32, height: ti.i32, near: ti.f32, step_length: ti.f32, jitter: ti.i32,
+                  seed: ti.i32, step: ti.i32, ray_pixel: i32buf, camera: f32buf, ray: f32buf, ray_step: i32buf,
+                  pixel: f32buf, depth: f32buf):
+    """Pinhole ray through the centre of each pixel, and where it enters and leaves the unit cube.
+
+        direction = normalize(R ((column + 0.5 - cx) / fx, -(row + 0.5 - cy) / fy, -1))     OpenGL: looks down -z
+        t_first   = max(near, entry) + u step_length       u random in [0, 1) while training (jitter = 1), 1/2 otherwise
+
+    ray_pixel  [n_rays]      in    view * width * height + row * width + column
+    camera     [n_views, 16] in    camera to cube, 3 rows of 4 (R | origin), then fx, fy, cx, cy in pixels
+    ray        [n_rays, 8]   out   origin, t_first, direction (unit length), t_last; t_last < t_first if it misses
+    ray_step   [n_rays]      out   0: the next step to march
+    pixel      [n_rays, 4]   out   (0, 0, 0, 1): no light gathered yet, all of it still to come
+    depth      [n_rays]      out   0
+    thread     one per ray
+    """
+    for r in range(n_rays):
+        view = ray_pixel[r] // (width * height)
+        at = ray_pixel[r] % (width * height)
+        m = 16 * view
+        x = (ti.cast(at % width, ti.f32) + 0.5 - camera[m + 14]) / camera[m + 12]
+        y = -(ti.cast(at // width, ti.f32) + 0.5 - camera[m + 15]) / camera[m + 13]
+        direction = vec3(0.0)
+        for c in ti.static(range(3)):
+            direction[c] = camera[m + 4 * c] * x + camera[m + 4 * c + 1] * y - camera[m + 4 * c + 2]
+        direction = direction.normalized()
+
+        t_first = near
+        t_last = 1e30
+        for c in ti.static(range(3)):
+            # A component of exactly 0 never crosses its two planes; a tiny one does so far away, without 0 * inf.
+            d = direction[c]
+            if ti.abs(d) < 1e-9:
+                d = 1e-9
+            t_0 = (0.0 - camera[m + 4 * c + 3]) / d
+            t_1 = (1.0 - camera[m + 4 * c + 3]) / d
+            t_first = ti.max(t_first, ti.min(t_0, t_1))
+            t_last = ti.min(t_last, ti.max(t_0, t_1))
+        u = 0.5
+        if jitter == 1:
+            u = random_f32(seed, STREAM_JITTER, step, r)
+
+        for c in ti.static(range(3)):
+            ray[8 * r + c] = camera[m + 4 * c + 3]
+            ray[8 * r + 4 + c] = direction[c]
+            pixel[4 * r + c] = 0.0
+        ray[8 * r + 3] = t_first + u * step_length
+        ray[8 * r + 7] = t_last
+        pixel[4 * r + 3] = 1.0
+        depth[r] = 0.0
+        ray_step[r] = 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Occupancy grid: which of grid_size^3 cells may hold something (instant-ngp, section E.2)
+# ---------------------------------------------------------------------------------------------------------------------
+
+@ti.func
+def cell_of(x, resolution):
+    """Which of `resolution` equal cells a coordinate in [0, 1] falls into; 1 itself belongs to the last."""
+    return ti.math.clamp(ti.cast(ti.floor(x * resolution), ti.i32), 0, resolution - 1)
+
+
+@ti.func
+def scattered_cell(t, grid_size):
+    """The t-th cell of a walk over all cells: runs of 32 neighbours, whose table slots are neighbours too, and the
+    runs in scattered order, since multiplying by an odd number permutes the numbers below a power of two."""
+    n_runs = ti.u32(grid_size * grid_size * grid_size // 32)
+    return ti.cast(((ti.u32(t) >> 5) * ti.u32(2654435761) & (n_runs - ti.u32(1))) << 5 | (ti.u32(t) & ti.u32(31)), ti.i32)
+
+
+@ti.kernel
+def mark_visible_cells(grid_size: ti.i32, n_views: ti.i32, width: ti.i32, height: ti.i32, near: ti.f32,
+                       camera: f32buf, density_grid: f32buf):
+    """Cells that no camera sees are marked -1 for good: nothing would ever correct a guess made there.
+
+    A cell counts as seen if the sphere around it touches the pyramid of view.
+    camera        [n_views, 16]   in    see generate_rays
+    density_grid  [grid_size^3]   out   0 where a camera sees the cell, -1 elsewhere; x varies fastest
+    thread        one per cell
+    """
+    for t in range(grid_size * grid_size * grid_size):
+        center = (vec3(t % grid_size, t // grid_size % grid_size, t // (grid_size * grid_size)) + 0.5) / grid_size
+        radius = 0.8660254 / grid_size
+        seen = 0
+        view = 0
+        while seen == 0 and view < n_views:
+            m = 16 * view
+            p = vec3(0.0)                            # the centre as the camera sees it: the inverse of a rotation
+            for c in ti.static(range(3)):            # is its transpose
+                for a in ti.static(range(3)):
+                    p[c] += camera[m + 4 * a + c] * (center[a] - camera[m + 4 * a + 3])
+            depth = -p[2]
+            f = ti.Vector([camera[m + 12], camera[m + 13]])
+            low = ti.Vector([-camera[m + 14], camera[m + 15] - height]) / f        # slopes of the four side planes
+            high = ti.Vector([width - camera[m + 14], camera[m + 15]]) / f
+            inside = depth > near - radius
+            for c in ti.static(range(2)):
+                if p[c] - high[c] * depth > radius * ti.sqrt(1.0 + high[c] * high[c]):
+                    inside = False
+                if low[c] * depth - p[c] > radius * ti.sqrt(1.0 + low[c] * low[c]):
+                    inside = False
+            if inside:
+                seen = 1
+            view += 1
+        density_grid[t] = ti.cast(seen, ti.f32) - 1.0
+
+
+@ti.kernel
+def place_cell_samples(n: ti.i32, first: ti.i32, grid_size: ti.i32, seed: ti.i32, step: ti.i32, sample: f32buf,
+                       counter: i32buf):
+    """A random point in each of n cells of the scattered walk, as samples for hash_encode_forward and so on.
+
+    sample   [n, 4]  out   position; the step length is 0, nothing is rendered
+    counter  [4]     out   [0] = n; a buffer of its own, not the march's
+    thread   one per cell
+    """
+    for t in range(n):
+        cell = scattered_cell(first + t, grid_size)
+        corner = vec3(cell % grid_size, cell // grid_size % grid_size, cell // (grid_size * grid_size))
+        for c in ti.static(range(3)):
+            sample[4 * t + c] = (corner[c] + random_f32(seed, STREAM_CELL + c, step, t)) / grid_size
+        sample[4 * t + 3] = 0.0
+        if t == 0:
+            counter[0] = n
+
+
+@ti.kernel
+def update_density_grid(n: ti.i32, first: ti.i32, grid_size: ti.i32, decay: ti.f32, rgb_sigma: f32buf,
+                        density_grid: f32buf):
+    """A cell's density is the largest seen there, slowly forgotten: grid = max(decay grid, sigma).
+
+    rgb_sigma     [n, 4]         in      [3] = sigma at the points of place_cell_samples
+    density_grid  [grid_size^3]  in-out  cells that no camera sees stay -1
+    thread        one per cell of the walk, no cell twice, so each has one writer
+    """
+    for t in range(n):
+        cell = scattered_cell(first + t, grid_size)
+        if density_grid[cell] >= 0.0:
+            density_grid[cell] = ti.max(decay * density_grid[cell], rgb_sigma[4 * t + 3])
+
+
+@ti.kernel
+def sum_density_grid(n_cells: ti.i32, block: ti.i32, density_grid: f32buf, block_density: f32buf):
+    """Sums towards the mean density of the cells that a camera sees, in a fixed order.
+
+    density_grid   [n_cells]                   in
+    block_density  [ceil(n_cells / block), 2]  out   sum of densities, number of cells
+    thread         one per block of cells
+    """
+    for t in range((n_cells + block - 1) // block):
+        total = 0.0
+        number = 0.0
+        for cell in range(block * t, ti.min(n_cells, block * (t + 1))):
+            if density_grid[cell] >= 0.0:
+                total += density_grid[cell]
+                number += 1.0
+        block_density[2 * t] = total
+        block_density[2 * t + 1] = number
+
+
+@ti.kernel
+def find_threshold(n_blocks: ti.i32, limit: ti.f32, block_density: f32buf, threshold: f32buf):
+    """Density above which a cell counts as occupied: min(limit, 0.95 mean).
+
+    While the field is still a uniform fog every cell equals the mean, and a threshold at the mean itself would
+    empty the whole box; hence the 0.95.
+    block_density  [n_blocks, 2]  in    from sum_density_grid
+    threshold      [1]            out
+    thread         a single one
+    """
+    for _ in range(1):
+        total = 0.0
+        number = 0.0
+        for b in range(n_blocks):
+            total += block_density[2 * b]
+            number += block_density[2 * b + 1]
+        threshold[0] = ti.min(limit, 0.95 * total / ti.max(number, 1.0))
+
+
+@ti.kernel
+def pack_occupancy(n_words: ti.i32, density_grid: f32buf, threshold: f32buf, occupancy: u32buf):
+    """One bit per cell: is its density above the threshold?
+
+    density_grid  [32 n_words]  in
+    threshold     [1]           in
+    occupancy     [n_words]     out   bit c of word w is cell 32 w + c
+    thread        one per word
+    """
+    for t in range(n_words):
+        word = ti.u32(0)
+        for c in range(32):
+            if density_grid[32 * t + c] > threshold[0]:
+                word |= ti.u32(1) << ti.u32(c)
+        occupancy[t] = word
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Marching: count each ray's samples, scan the counts into spans, write the samples. Two walks instead of an atomic
+# counter keep the samples in ray order, so that two runs of one seed give the same bits.
+# ---------------------------------------------------------------------------------------------------------------------
+
+@ti.func
+def next_sample(origin, direction, t_first, t_last, k, step_length, grid_size, occupancy: ti.template()):
+    """The first step index >= k whose point t_first + k step_length lies in an occupied cell; END if there is none.
+
+    An empty cell is left in one go, by as many whole steps as it takes, so that the points that are tested do not
+    depend on the cells between them.
+    """
+    found = END
+    t = t_first + k * step_length
+    while found == END and t < t_last:
+        p = origin + t * direction
+        cell = ti.Vector([cell_of(p[0], grid_size), cell_of(p[1], grid_size), cell_of(p[2], grid_size)])
+        bit = (cell[2] * grid_size + cell[1]) * grid_size + cell[0]
+        if (occupancy[bit >> 5] >> ti.u32(bit & 31)) & ti.u32(1) == ti.u32(1):
+            found = k
+        else:
+            t_exit = 1e30
+            for c in ti.static(range(3)):
+                if ti.abs(direction[c]) > 1e-9:
+                    wall = (cell[c] + ti.select(direction[c] > 0.0, 1.0, 0.0)) / grid_size
+                    t_exit = ti.min(t_exit, (wall - p[c]) / direction[c])
+            k += ti.max(1, ti.cast(ti.ceil(t_exit / step_length), ti.i32))
+            t = t_first + k * step_length
+    return found
+
+
+@ti.kernel
+def count_samples(n_rays: ti.i32, limit: ti.i32, step_length: ti.f32, grid_size: ti.i32, ray: f32buf,
+                  ray_step: i32buf, pixel: f32buf, occupancy: u32buf, ray_span: i32buf):
+    """First walk: how many samples each ray wants, at most `limit`; none if no light gets through it any more.
+
+    ray        [n_rays, 8]       in    see generate_rays
+    ray_step   [n_rays]          in    step to start from
+    pixel      [n_rays, 4]       in    [3] = T, the share of light that is still to come
+    occupancy  [grid_size^3/32]  in    see pack_occupancy
+    ray_span   [n_rays, 2]       out   [1] = number of samples
+    thread     one per ray
+    """
+    for r in range(n_rays):
+        origin = vec3(ray[8 * r], ray[8 * r + 1], ray[8 * r + 2])
+        direction = vec3(ray[8 * r + 4], ray[8 * r + 5], ray[8 * r + 6])
+        count = 0
+        k = ray_step[r]
+        if pixel[4 * r + 3] >= T_STOP:
+            k = next_sample(origin, direction, ray[8 * r + 3], ray[8 * r + 7], k, step_length, grid_size, occupancy)
+            while k < END and count < limit:
+                count += 1
+                k = next_sample(origin, direction, ray[8 * r + 3], ray[8 * r + 7], k + 1, step_length, grid_size,
+                                occupancy)
+        ray_span[2 * r + 1] = count
+
+
+@ti.kernel
+def sum_counts(n_rays: ti.i32, block: ti.i32, ray_span: i32buf, block_start: i32buf):
+    """First part of the scan: samples wanted by each block of rays.
+
+    ray_span     [n_rays, 2]             in    [1] = number of samples
+    block_start  [ceil(n_rays / block)]  out   sum over the block
+    thread       one per block of rays
+    """
+    for t in range((n_rays + block - 1) // block):
+        total = 0
+        for r in range(block * t, ti.min(n_rays, block * (t + 1))):
+            total += ray_span[2 * r + 1]
+        block_start[t] = total
+
+
+@ti.kernel
+def scan_blocks(n_rays: ti.i32, block: ti.i32, capacity: ti.i32, block_start: i32buf, counter: i32buf):
+    """Second part: sums become starts (exclusive scan), up to the first block that does not fit into the buffers.
+
+    block_start  [ceil(n_rays / block)]  in-out  first sample of the block; -1 from the first that does not fit
+    counter      [4]                     in-out  [0] samples, [1] rays of the blocks that fit; [2], [3] running totals of
+                                                 dropped rays and of samples, which wrap around (the host takes
+                                                 differences)
+    thread       a single one
+    """
+    for _ in range(1):
+        samples = 0
+        rays = 0
+        fits = 1
+        for b in range((n_rays + block - 1) // block):
+            total = block_start[b]
+            if samples + total > capacity:
+                fits = 0
+            block_start[b] = -1
+            if fits == 1:
+                block_start[b] = samples
+                samples += total
+                rays = ti.min(n_rays, block * (b + 1))
+        counter[0] = samples
+        counter[1] = rays
+        counter[2] = counter[2] + n_rays - rays
+        counter[3] = counter[3] + samples
+
+
+@ti.kernel
+def claim_spans(n_rays: ti.i32, block: ti.i32, block_start: i32buf, ray_span: i32buf):
+    """Third part: each ray gets the span [first, first + count) of the sample buffers, in ray order.
+
+    block_start  [ceil(n_rays / block)]  in
+    ray_span     [n_rays, 2]             in-out  in: [1] = samples wanted; out: first sample, number of samples; -1, 0
+                                                 if the ray was dropped
+    thread       one per block of rays
+    """
+    for t in range((n_rays + block - 1) // block):
+        first = block_start[t]
+        for r in range(block * t, ti.min(n_rays, block * (t + 1))):
+            ray_span[2 * r] = first
+            if first < 0:
+                ray_span[2 * r + 1] = 0
+            else:
+                first += ray_span[2 * r + 1]
+
+
+@ti.kernel
+def write_samples(n_rays: ti.i32, limit: ti.i32, step_length: ti.f32, grid_size: ti.i32, ray: f32buf,
+                  ray_step: i32buf, occupancy: u32buf, ray_span: i32buf, sample: f32buf, sample_ray: i32buf):
+    """Second walk: the same steps as in count_samples, now written down.
+
+    ray         [n_rays, 8]       in
+    ray_step    [n_rays]          in-out  step to start from; out: where the next wave goes on (END if the ray got
+                                          less than `limit` samples: there are no more; unchanged if it was dropped)
+    occupancy   [grid_size^3/32]  in
+    ray_span    [n_rays, 2]       in      from claim_spans
+    sample      [capacity, 4]     out     position, step length
+    sample_ray  [capacity]        out     r
+    thread      one per ray
+    """
+    for r in range(n_rays):
+        origin = vec3(ray[8 * r], ray[8 * r + 1], ray[8 * r + 2])
+        direction = vec3(ray[8 * r + 4], ray[8 * r + 5], ray[8 * r + 6])
+        k = ray_step[r]
+        first = ray_span[2 * r]
+        for i in range(first, first + ray_span[2 * r + 1]):
+            k = next_sample(origin, direction, ray[8 * r + 3], ray[8 * r + 7], k, step_length, grid_size, occupancy)
+            t = ray[8 * r + 3] + k * step_length
+            for c in ti.static(range(3)):
+                sample[4 * i + c] = ti.math.clamp(origin[c] + t * direction[c], 0.0, 1.0)
+            sample[4 * i + 3] = step_length
+            sample_ray[i] = r
+            k += 1
+        if first >= 0 and ray_span[2 * r + 1] < limit:
+            k = END
+        ray_step[r] = k
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Multiresolution hash grid (Müller et al. 2022, "Instant Neural Graphics Primitives", section 3)
+# ---------------------------------------------------------------------------------------------------------------------
+
+@ti.func
+def grid_slot(x, y, z, resolution, n_slots, hashed):
+    """Slot of a grid vertex (u32 coordinates) within its level: its number where the level is small enough to give
+    each of its (resolution + 1)^3 vertices a slot, a hash of its coordinates otherwise (n_slots is a power of two)."""
+    slot = x + (ti.u32(resolution) + ti.u32(1)) * (y + (ti.u32(resolution) + ti.u32(1)) * z)
+    if hashed == 1:
+        slot = (x ^ (y * ti.u32(2654435761)) ^ (z * ti.u32(805459861))) & ti.u32(n_slots - 1)
+    return ti.cast(slot, ti.i32)
+
+
+@ti.func
+def locate(i, sample: ti.template(), resolution):
+    """Lower corner of the cell of one level around sample i, and where in it the sample lies, in [0, 1]^3."""
+    cell = ti.Vector([0, 0, 0])
+    fraction = vec3(0.0)
+    for c in ti.static(range(3)):
+        cell[c] = cell_of(sample[4 * i + c], resolution)
+        fraction[c] = sample[4 * i + c] * resolution - cell[c]
+    return cell, fraction
+
+
+@ti.func
+def corner_weight(fraction, corner):
+    """Trilinear weight of corner 0..7 of a cell: bit c of its number says on which side of axis c it lies."""
+    w = 1.0
+    for c in ti.static(range(3)):
+        w *= ti.select((corner >> c) & 1 == 1, fraction[c], 1.0 - fraction[c])
+    return w
+
+
+@ti.kernel
+def hash_encode_forward(n_levels: ti.i32, counter: i32buf, level: i32buf, sample: f32buf, table: f32buf,
+                        feature: rows64):
+    """Each level of the grid, interpolated at each sample:
+
+        feature[i][F l + c] = sum over the 8 corners v of the cell around i  w_v table[slot_l(v)][c],    F = N_FEATURES
+
+    counter  [4]                   in
+    level    [n_levels, 4]         in    resolution (cells per side), first slot, number of slots, 1 if hashed
+    sample   [n_samples, 4]        in    position
+    table    [n_slots, N_FEATURES] in
+    feature  [n_samples] rows      out   the first F n_levels entries
+    thread   one per (level, sample), level by level: one level's slots stay in the cache
+    """
+    for t in range(n_levels * counter[0]):
+        l = t // counter[0]
+        i = t % counter[0]
+        resolution = level[4 * l]
+        cell, fraction = locate(i, sample, resolution)
+        total = vec4(0.0)
+        for corner in ti.static(range(8)):
+            w = corner_weight(fraction, corner)
+            slot = level[4 * l + 1] + grid_slot(
+                ti.u32(cell[0] + (corner & 1)), ti.u32(cell[1] + (corner >> 1 & 1)), ti.u32(cell[2] + (corner >> 2)),
+                resolution, level[4 * l + 2], level[4 * l + 3])
+            for c in ti.static(range(N_FEATURES)):
+                total[c] += w * table[N_FEATURES * slot + c]
+        for c in ti.static(range(N_FEATURES)):
+            feature[i][N_FEATURES * l + c] = total[c]
+
+
+@ti.kernel
+def hash_encode_backward(n_levels: ti.i32, n_chunks: ti.i32, counter: i32buf, level: i32buf, sample: f32buf,
+                         grad_feature: rows64, grad_table: f32buf):
+    """The transpose of hash_encode_forward, which is linear in the table:
+
+        grad_table[slot_l(v)][c] += w_v grad_feature[i][F l + c]      for every sample i and corner v of its cell
+
+    counter, level, sample              in      as in hash_encode_forward
+    grad_feature  [n_samples] rows      in
+    grad_table    [n_slots, N_FEATURES] in-out
+    thread   one per (level, chunk of samples)
+    atomic   f32 add on grad_table where n_chunks > 1. With one chunk a level has one writer: plain adds, in sample
+             order, which is faster on a CPU and exactly repeatable
+    """
+    for t in range(n_levels * n_chunks):
+        l = t // n_chunks
+        chunk = (counter[0] + n_chunks - 1) // n_chunks
+        first = t % n_chunks * chunk
+        resolution = level[4 * l]
+        for i in range(first, ti.min(first + chunk, counter[0])):
+            g = vec4(0.0)
+            for c in ti.static(range(N_FEATURES)):
+                g[c] = grad_feature[i][N_FEATURES * l + c]
+            if g.norm_sqr() > 0.0:                   # samples behind the early stop carry none
+                cell, fraction = locate(i, sample, resolution)
+                for corner in ti.static(range(8)):
+                    w = corner_weight(fraction, corner)
+                    slot = level[4 * l + 1] + grid_slot(
+                        ti.u32(cell[0] + (corner & 1)), ti.u32(cell[1] + (corner >> 1 & 1)),
+                        ti.u32(cell[2] + (corner >> 2)), resolution, level[4 * l + 2], level[4 * l + 3])
+                    for c in ti.static(range(N_FEATURES)):
+                        at = N_FEATURES * slot + c
+                        if n_chunks == 1:
+                            grad_table[at] = grad_table[at] + w * g[c]
+                        else:
+                            ti.atomic_add(grad_table[at], w * g[c])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# MLP. A hidden layer is y = relu(x W), 64 wide; an output layer y = x W, 16 wide; neither has a bias. The weights live
+# flat in `params`, where Adam and the files want them; before use they are copied into rows, W and its transpose.
+# grad_y of a hidden layer means "before its ReLU": whoever writes it has already set it to zero where y is zero.
+# ---------------------------------------------------------------------------------------------------------------------
+
+@ti.kernel
+def load_hidden_weights(n_in: ti.i32, first: ti.i32, params: f32buf, weight: rows64, weight_t: rows64):
+    """Weights of a hidden layer as rows: weight[j][o] = weight_t[o][j] = params[first + 64 j + o].
+
+    params    [n_params]   in
+    weight    [n_in] rows  out
+    weight_t  [64] rows    out   entries [o][n_in] and up are not written: they stay 0
+    thread    one per weight
+    """
+    for t in range(n_in * WIDTH):
+        weight[t // WIDTH][t % WIDTH] = params[first + t]
+        weight_t[t % WIDTH][t // WIDTH] = params[first + t]
+
+
+@ti.kernel
+def load_output_weights(first: ti.i32, params: f32buf, weight: rows16, weight_t: rows64):
+    """Weights of an output layer as rows: weight[j][o] = weight_t[o][j] = params[first + 16 j + o].
+
+    params    [n_params]      in
+    weight    [64] rows of 16 out
+    weight_t  [16] rows of 64 out
+    thread    one per weight
+    """
+    for t in range(WIDTH * OUTPUT):
+        weight[t // OUTPUT][t % OUTPUT] = params[first + t]
+        weight_t[t % OUTPUT][t // OUTPUT] = params[first + t]
+
+
+@ti.func
+def row_times_matrix(x: ti.template(), i, n_in, weight: ti.template(), total):
+    """total + sum_j x[i][j] weight[j]: the one inner loop of every layer, forward and backward."""
+    for j in range(n_in):
+        total += x[i][j] * weight[j]
+    return total
+
+
+@ti.func
+def column_times_matrix(x: ti.template(), j, grad_y: ti.template(), first, last, total):
+    """total + sum_{first <= i < last} x[i][j] grad_y[i]: row j of a weight gradient."""
+    for i in range(first, last):
+        total += x[i][j] * grad_y[i]
+    return total
+
+
+@ti.kernel
+def hidden_layer_forward(n_in: ti.i32, counter: i32buf, x: rows64, weight: rows64, y: rows64):
+    """y[i] = relu(x[i] W) = max(sum_j x[i][j] W[j], 0)
+
+    counter  [4]               in
+    x        [n_samples] rows  in    the first n_in entries
+    weight   [n_in] rows       in
+    y        [n_samples] rows  out
+    thread   one per sample: 64 sums in registers, each weight row loaded once
+    """
+    for i in range(counter[0]):
+        y[i] = ti.max(row_times_matrix(x, i, n_in, weight, row64(0.0)), 0.0)
+
+
+@ti.kernel
+def hidden_layer_backward_input(x_is_hidden: ti.i32, counter: i32buf, x: rows64, weight_t: rows64, grad_y: rows64,
+                                grad_x: rows64):
+    """grad_x[i] = grad_y[i] W^T, and 0 where x[i] is the 0 of a ReLU
+
+    counter   [4]               in
+    x         [n_samples] rows  in    the layer's input; looked at only if it is itself a hidden layer (x_is_hidden = 1)
+    weight_t  [64] rows         in    W^T
+    grad_y    [n_samples] rows  in
+    grad_x    [n_samples] rows  out
+    thread    one per sample
+    """
+    for i in range(counter[0]):
+        g = row_times_matrix(grad_y, i, WIDTH, weight_t, row64(0.0))
+        if x_is_hidden == 1:
+            g = ti.select(x[i] > 0.0, g, row64(0.0))
+        grad_x[i] = g
+
+
+@ti.kernel
+def hidden_layer_backward_weight(n_in: ti.i32, chunk: ti.i32, pitch: ti.i32, first: ti.i32, counter: i32buf,
+                                 x: rows64, grad_y: rows64, partial: f32buf):
+    """grad_W[j] = sum_i x[i][j] grad_y[i], summed here over chunks of samples; sum_partials adds the chunks.
+
+    counter  [4]                    in
+    x        [n_samples] rows       in
+    grad_y   [n_samples] rows       in
+    partial  [n_chunks, pitch]      out   entries first .. first + 64 n_in of each chunk
+    thread   one per (chunk, j): 64 sums in registers; the threads of a chunk share its rows in the cache
+    """
+    for t in range((counter[0] + chunk - 1) // chunk * n_in):
+        begin = t // n_in * chunk
+        total = column_times_matrix(x, t % n_in, grad_y, begin, ti.min(begin + chunk, counter[0]), row64(0.0))
+        at = t // n_in * pitch + first + t % n_in * WIDTH
+        for o in ti.static(range(WIDTH)):
+            partial[at + o] = total[o]
+
+
+@ti.kernel
+def output_layer_forward(counter: i32buf, x: rows64, weight: rows16, y: rows16):
+    """y[i] = x[i] W, as hidden_layer_forward without the ReLU, 16 wide.
+
+    counter  [4]                     in
+    x        [n_samples] rows of 64  in
+    weight   [64] rows of 16         in
+    y        [n_samples] rows of 16  out
+    thread   one per sample
+    """
+    for i in range(counter[0]):
+        y[i] = row_times_matrix(x, i, WIDTH, weight, row16(0.0))
+
+
+@ti.kernel
+def output_layer_backward_input(counter: i32buf, x: rows64, weight_t: rows64, grad_y: rows16, grad_x: rows64):
+    """grad_x[i] = grad_y[i] W^T, and 0 where the hidden x[i] is 0.
+
+    counter   [4]                     in
+    x         [n_samples] rows of 64  in
+    weight_t  [16] rows of 64         in
+    grad_y    [n_samples] rows of 16  in
+    grad_x    [n_samples] rows of 64  out
+    thread    one per sample
+    """
+    for i in range(counter[0]):
+        g = row_times_matrix(grad_y, i, OUTPUT, weight_t, row64(0.0))
+        grad_x[i] = ti.select(x[i] > 0.0, g, row64(0.0))
+
+
+@ti.kernel
+def output_layer_backward_weight(chunk: ti.i32, pitch: ti.i32, first: ti.i32, counter: i32buf, x: rows64,
+                                 grad_y: rows16, partial: f32buf):
+    """grad_W[j] = sum_i x[i][j] grad_y[i] over chunks, as hidden_layer_backward_weight, 16 wide.
+
+    counter  [4]                     in
+    x        [n_samples] rows of 64  in
+    grad_y   [n_samples] rows of 16  in
+    partial  [n_chunks, pitch]       out   entries first .. first + 16 * 64 of each chunk
+    thread   one per (chunk, j)
+    """
+    for t in range((counter[0] + chunk - 1) // chunk * WIDTH):
+        begin = t // WIDTH * chunk
+        total = column_times_matrix(x, t % WIDTH, grad_y, begin, ti.min(begin + chunk, counter[0]), row16(0.0))
+        at = t // WIDTH * pitch + first + t % WIDTH * OUTPUT
+        for o in ti.static(range(OUTPUT)):
+            partial[at + o] = total[o]
+
+
+@ti.kernel
+def sum_partials(n_params: ti.i32, chunk: ti.i32, pitch: ti.i32, counter: i32buf, partial: f32buf,
+                 grad_params: f32buf):
+    """grad_params += the partial sums of all chunks, in order.
+
+    counter      [4]                in
+    partial      [n_chunks, pitch]  in      pitch >= n_params; no multiple of 1024, or a column shares one cache set
+    grad_params  [n_params]         in-out
+    thread       one per parameter
+    """
+    for p in range(n_params):
+        total = 0.0
+        for b in range((counter[0] + chunk - 1) // chunk):
+            total += partial[b * pitch + p]
+        grad_params[p] = grad_params[p] + total
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Heads: from what the MLPs put out to density and color; and the color MLP's input, where the density MLP's output
+# meets the direction of view. Here two gradients meet on the way back: density_head_backward adds them.
+# ---------------------------------------------------------------------------------------------------------------------
+
+@ti.kernel
+def density_head_forward(counter: i32buf, geometry: rows16, rgb_sigma: f32buf):
+    """sigma[i] = exp(geometry[i][0]), guarded: exp(min(., RAW_SIGMA_MAX)), since e^88 is no f32.
+
+    counter    [4]                     in
+    geometry   [n_samples] rows of 16  in    output of the density MLP
+    rgb_sigma  [n_samples, 4]          out   [3]
+    thread     one per sample
+    """
+    for i in range(counter[0]):
+        rgb_sigma[4 * i + 3] = ti.exp(ti.min(geometry[i][0], RAW_SIGMA_MAX))
+
+
+@ti.kernel
+def density_head_backward(counter: i32buf, rgb_sigma: f32buf, grad_rgb_sigma: f32buf, grad_color_input: rows64,
+                          grad_geometry: rows16):
+    """grad_geometry[i] = grad_color_input[i][:16] + (sigma grad_sigma, 0, ..., 0)
+
+    d exp / d raw = exp. Beyond the guard the slope is kept, e^RAW_SIGMA_MAX, so that a value can come back.
+    counter           [4]                     in
+    rgb_sigma         [n_samples, 4]          in    [3] = sigma
+    grad_rgb_sigma    [n_samples, 4]          in    [3]
+    grad_color_input  [n_samples] rows of 64  in    the first 16 entries
+    grad_geometry     [n_samples] rows of 16  out
+    thread            one per sample
+    """
+    for i in range(counter[0]):
+        for c in ti.static(range(OUTPUT)):
+            grad_geometry[i][c] = grad_color_input[i][c]
+        grad_geometry[i][0] = grad_color_input[i][0] + rgb_sigma[4 * i + 3] * grad_rgb_sigma[4 * i + 3]
+
+
+@ti.kernel
+def color_input_forward(counter: i32buf, geometry: rows16, sample_ray: i32buf, ray: f32buf, color_input: rows64):
+    """color_input[i] = (geometry[i], Y(direction)): the 16 real spherical harmonics of bands 0 to 3.
+
+    Constants: Sloan 2008, "Stupid Spherical Harmonics Tricks", appendix A2. It has no backward of its own: cameras
+    are given, so no gradient goes to the direction, and that of geometry is taken up by density_head_backward.
+    counter      [4]                     in
+    geometry     [n_samples] rows of 16  in
+    sample_ray   [n_samples]             in
+    ray          [n_rays, 8]             in    [4:7] = direction
+    color_input  [n_samples] rows of 64  out   the first 32 entries
+    thread       one per sample
+    """
+    for i in range(counter[0]):
+        r = sample_ray[i]
+        x, y, z = ray[8 * r + 4], ray[8 * r + 5], ray[8 * r + 6]
+        Y = ti.Vector([
+            0.28209479, -0.48860251 * y, 0.48860251 * z, -0.48860251 * x,
+            1.09254843 * x * y, -1.09254843 * y * z, 0.31539157 * (3.0 * z * z - 1.0), -1.09254843 * x * z,
+            0.54627422 * (x * x - y * y), -0.59004359 * y * (3.0 * x * x - y * y), 2.89061144 * x * y * z,
+            -0.45704580 * y * (5.0 * z * z - 1.0), 0.37317633 * z * (5.0 * z * z - 3.0),
+            -0.45704580 * x * (5.0 * z * z - 1.0), 1.44530572 * z * (x * x - y * y),
+            -0.59004359 * x * (x * x - 3.0 * y * y)])
+        for c in ti.static(range(OUTPUT)):
+            color_input[i][c] = geometry[i][c]
+            color_input[i][OUTPUT + c] = Y[c]
+
+
+@ti.kernel
+def color_head_forward(counter: i32buf, color_raw: rows16, rgb_sigma: f32buf):
+    """rgb[i] = sigmoid(color_raw[i][:3]) = 1 / (1 + exp(-color_raw))
+
+    counter    [4]                     in
+    color_raw  [n_samples] rows of 16  in    output of the color MLP; entries 3 and up mean nothing
+    rgb_sigma  [n_samples, 4]          out   [0:3]
+    thread     one per sample
+    """
+    for i in range(counter[0]):
+        for c in ti.static(range(3)):
+            rgb_sigma[4 * i + c] = 1.0 / (1.0 + ti.exp(-color_raw[i][c]))
+
+
+@ti.kernel
+def color_head_backward(counter: i32buf, rgb_sigma: f32buf, grad_rgb_sigma: f32buf, grad_color_raw: rows16):
+    """grad_color_raw[i] = rgb (1 - rgb) grad_rgb, the slope of the sigmoid; 0 in the 13 unused entries
+
+    counter         [4]                     in
+    rgb_sigma       [n_samples, 4]          in
+    grad_rgb_sigma  [n_samples, 4]          in    [0:3]
+    grad_color_raw  [n_samples] rows of 16  out
+    thread          one per sample
+    """
+    for i in range(counter[0]):
+        grad_color_raw[i] = row16(0.0)
+        for c in ti.static(range(3)):
+            rgb = rgb_sigma[4 * i + c]
+            grad_color_raw[i][c] = rgb * (1.0 - rgb) * grad_rgb_sigma[4 * i + c]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Volume rendering (Max 1995; Mildenhall et al. 2020, "NeRF", equation 3)
+# ---------------------------------------------------------------------------------------------------------------------
+
+@ti.kernel
+def composite_forward(n_rays: ti.i32, ray: f32buf, ray_span: i32buf, sample: f32buf, rgb_sigma: f32buf, pixel: f32buf,
+                      depth: f32buf):
+    """Front-to-back sum over the samples of each ray, on top of what earlier waves have gathered:
+
+        alpha_k = 1 - exp(-sigma_k dt_k)
+        T_{k+1} = T_k (1 - alpha_k)                 light that gets past sample k; T_0 = pixel[3]
+        pixel  += sum_k T_k alpha_k rgb_k           until T_k < T_STOP; pixel[3] = T_end
+        depth  += sum_k T_k alpha_k t_k
+
+    ray        [n_rays, 8]     in
+    ray_span   [n_rays, 2]     in      first sample, number of samples
+    sample     [n_samples, 4]  in      position, dt
+    rgb_sigma  [n_samples, 4]  in
+    pixel      [n_rays, 4]     in-out  red, green, blue without the background, T
+    depth      [n_rays]        in-out
+    thread     one per ray
+    """
+    for r in range(n_rays):
+        T = pixel[4 * r + 3]
+        color = vec3(pixel[4 * r], pixel[4 * r + 1], pixel[4 * r + 2])
+        distance = depth[r]
+        first = ray_span[2 * r]
+        for i in range(first, first + ray_span[2 * r + 1]):
+            if T < T_STOP:
+                break
+            alpha = 1.0 - ti.exp(-rgb_sigma[4 * i + 3] * sample[4 * i + 3])
+            for c in ti.static(range(3)):
+                color[c] += T * alpha * rgb_sigma[4 * i + c]
+                distance += T * alpha * (sample[4 * i + c] - ray[8 * r + c]) * ray[8 * r + 4 + c]
+            T *= 1.0 - alpha
+        for c in ti.static(range(3)):
+            pixel[4 * r + c] = color[c]
+        pixel[4 * r + 3] = T
+        depth[r] = distance
+
+
+@ti.kernel
+def composite_backward(n_rays: ti.i32, ray_span: i32buf, sample: f32buf, rgb_sigma: f32buf, pixel: f32buf,
+                       grad_pixel: f32buf, grad_rgb_sigma: f32buf):
+    """Gradient of composite_forward for a single wave, from T_0 = 1. Let behind_k be the light from samples after k:
+
+        behind_k     = pixel - sum_{m<=k} T_m alpha_m rgb_m
+        grad_rgb_k   = T_k alpha_k grad_pixel
+        grad_sigma_k = dt_k ((T_{k+1} rgb_k - behind_k) . grad_pixel - T_end grad_T)
+
+    Raising sigma_k adds T_{k+1} dt of its own color, and hides dt of what is behind it: later samples and background.
+    It walks forwards again and recomputes T, which costs less than storing it; depth gets no gradient.
+    ray_span        [n_rays, 2]     in
+    sample          [n_samples, 4]  in    [3] = dt
+    rgb_sigma       [n_samples, 4]  in
+    pixel           [n_rays, 4]     in    from composite_forward: color without background, T_end
+    grad_pixel      [n_rays, 4]     in    [3] = grad_T, by which the background is heard
+    grad_rgb_sigma  [n_samples, 4]  out   0 behind the early stop
+    thread          one per ray, which owns its samples
+    """
+    for r in range(n_rays):
+        T = 1.0
+        behind = vec3(pixel[4 * r], pixel[4 * r + 1], pixel[4 * r + 2])
+        first = ray_span[2 * r]
+        for i in range(first, first + ray_span[2 * r + 1]):
+            for c in ti.static(range(4)):
+                grad_rgb_sigma[4 * i + c] = 0.0
+            if T >= T_STOP:
+                alpha = 1.0 - ti.exp(-rgb_sigma[4 * i + 3] * sample[4 * i + 3])
+                w = T * alpha
+                T *= 1.0 - alpha
+                gain = -pixel[4 * r + 3] * grad_pixel[4 * r + 3]
+                for c in ti.static(range(3)):
+                    behind[c] -= w * rgb_sigma[4 * i + c]
+                    grad_rgb_sigma[4 * i + c] = w * grad_pixel[4 * r + c]
+                    gain += (T * rgb_sigma[4 * i + c] - behind[c]) * grad_pixel[4 * r + c]
+                grad_rgb_sigma[4 * i + 3] = sample[4 * i + 3] * gain
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loss and optimiser
+# ---------------------------------------------------------------------------------------------------------------------
+
+@ti.kernel
+def loss_and_gradient(n_rays: ti.i32, random_background: ti.i32, seed: ti.i32, step: ti.i32, counter: i32buf,
+                      ray_pixel: i32buf, image: u32buf, ray_span: i32buf, pixel: f32buf, loss: f32buf,
+                      grad_pixel: f32buf):
+    """Squared error of each ray's color against its photograph, both over the same background:
+
+        color  = pixel + T background            target = a image + (1 - a) background
+        L      = 1/(3 N) sum_r |color - target|^2                               N = counter[1], rays not dropped
+        grad_pixel = 2/(3 N) (color - target),   grad_T = grad_pixel . background
+
+    L2, since it is the error that PSNR measures. The background is a new random color per ray and step where
+    images have alpha (a wrong opacity then shows against some colors), white otherwise.
+    counter     [4]                  in
+    ray_pixel   [n_rays]             in
+    image       [n_views * pixels]   in    one word per pixel: red in the lowest byte, then green, blue, alpha (straight)
+    ray_span    [n_rays, 2]          in    [0] < 0 where the ray was dropped
+    pixel       [n_rays, 4]          in    from composite_forward
+    loss        [n_rays]             out   |color - target|^2 / 3; 0 where dropped
+    grad_pixel  [n_rays, 4]          out   0 where dropped
+    thread      one per ray
+    """
+    for r in range(n_rays):
+        word = image[ray_pixel[r]]
+        a = ti.cast(word >> 24, ti.f32) / 255.0
+        scale = ti.select(ray_span[2 * r] < 0, 0.0, 1.0) / (3.0 * ti.max(counter[1], 1))
+        grad_T = 0.0
+        total = 0.0
+        for c in ti.static(range(3)):
+            background = 1.0
+            if random_background == 1:
+                background = random_f32(seed, STREAM_BACKGROUND + c, step, r)
+            truth = ti.cast((word >> (8 * c)) & ti.u32(255), ti.f32) / 255.0
+            error = pixel[4 * r + c] + pixel[4 * r + 3] * background - (a * truth + (1.0 - a) * background)
+            total += error * error / 3.0
+            grad_pixel[4 * r + c] = 2.0 * scale * error
+            grad_T += 2.0 * scale * error * background
+        grad_pixel[4 * r + 3] = grad_T
+        loss[r] = ti.select(ray_span[2 * r] < 0, 0.0, total)
+
+
+@ti.kernel
+def adam_step(n: ti.i32, learning_rate: ti.f32, beta_1: ti.f32, beta_2: ti.f32, epsilon: ti.f32, param: f32buf,
+              grad: f32buf, moment: f32buf):
+    """Adam (Kingma and Ba 2015), for the entries that have a gradient; the others, most of a hash table, keep still.
+
+        m = b_1 m + (1 - b_1) g      v = b_2 v + (1 - b_2) g^2      param -= learning_rate m / (sqrt(v) + epsilon)
+
+    The bias corrections sqrt(1 - b_2^s) / (1 - b_1^s) of step s are a factor that the host puts into learning_rate.
+    param   [n]     in-out
+    grad    [n]     in-out  cleared
+    moment  [n, 2]  in-out  m, v
+    thread  one per entry
+    """
+    for t in range(n):
+        g = grad[t]
+        if g != 0.0:
+            m = beta_1 * moment[2 * t] + (1.0 - beta_1) * g
+            v = beta_2 * moment[2 * t + 1] + (1.0 - beta_2) * g * g
+            moment[2 * t] = m
+            moment[2 * t + 1] = v
+            param[t] = param[t] - learning_rate * m / (ti.sqrt(v) + epsilon)
+            grad[t] = 0.0

@@ -1,0 +1,940 @@
+"""tinynerf: train a neural radiance field from photographs with known camera poses, and render new views of it.
+
+    python tinynerf.py train data/lego        trains, evaluates, and leaves pictures, a video and a model in runs/lego
+    python tinynerf.py render runs/lego       renders the model again
+    python tinynerf.py eval runs/lego         measures it again
+
+kernels.py holds everything that a port to another GPU language has to rewrite; this file is what it can keep: scenes,
+buffers, the list of launches (forward, backward), the training loop, rendering and the command line.
+"""
+import argparse
+import concurrent.futures
+import csv
+import json
+import math
+import os
+import platform
+import re
+import sys
+import tempfile
+import time
+import types
+
+if sys.version_info >= (3, 14):
+    sys.exit("tinynerf: Taichi has no build for Python 3.14 or newer\n          make the environment with Python 3.9 to 3.13")
+os.environ.setdefault("ENABLE_TAICHI_HEADER_PRINT", "False")
+try:
+    import imageio.v3 as imageio
+    import numpy as np
+    import rich.progress
+    import taichi as ti
+except ModuleNotFoundError as error:
+    print(f"tinynerf: the package '{error.name}' is not installed\n"
+          "          run the set-up command of README.md (on Debian and Ubuntu, python3-venv first)", file=sys.stderr)
+    sys.exit(2)
+
+import kernels as k
+
+VERSION = "0.1"
+
+# Scene and model: the same on every machine
+BOX_SIDE = 3.0                  # Blender scenes live in the box of +-1.5 around the origin
+NEAR = 0.05                     # nearest sample, in world units: nothing is seen through the lens's own fog
+N_LEVELS = 8                    # levels of the hash grid, from BASE_RESOLUTION to FINEST_RESOLUTION cells per side
+BASE_RESOLUTION, FINEST_RESOLUTION = 16, 2048
+TABLE_BOUND = 1e-4              # initial table entries: U(+-1e-4)
+LEARNING_RATE, FINAL_RATE = 1e-2, 1e-3     # decays exponentially from the one to the other
+BETA_1, BETA_2, EPSILON = 0.9, 0.99, 1e-15
+DECAY = 0.95                    # of a cell's density, each time it is looked at
+READ_EVERY = 16                 # steps between two looks of the host at the counters
+
+# What depends on the machine. batch: samples per step; rays: most rays in flight; table: slots per level;
+# grid: occupancy cells per side; steps_across: steps along the box's diagonal; refresh: steps between two updates of
+# the occupancy grid, `batch` cells each; block: rays per thread of the scan; chunk: samples per partial weight
+# gradient; hash_chunks: writers per level of the hash gradient.
+MACHINES = {
+    "cpu": dict(batch=2**15, rays=2**15, table=2**17, grid=64, steps_across=512, refresh=8, block=16, chunk=128,
+                hash_chunks=1, seconds=90, frames=60),
+    "gpu": dict(batch=2**18, rays=2**18, table=2**19, grid=128, steps_across=1024, refresh=2, block=128, chunk=512,
+                hash_chunks=2**18, steps=10000, frames=120),
+}
+
+# The MLPs' layers: name, inputs, outputs. Their weights lie one after the other in `params`.
+LAYERS = [("density_1", N_LEVELS * k.N_FEATURES, k.WIDTH), ("density_2", k.WIDTH, k.OUTPUT),
+          ("color_1", 2 * k.OUTPUT, k.WIDTH), ("color_2", k.WIDTH, k.WIDTH), ("color_3", k.WIDTH, k.OUTPUT)]
+
+
+class UserError(Exception):
+    """Something that the user can mend: main() prints what is wrong and a hint, and exits with code 2."""
+
+    def __init__(self, message, hint):
+        super().__init__(message)
+        self.hint = hint
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scenes
+# ---------------------------------------------------------------------------------------------------------------------
+
+def read_image(path):
+    """An image file as straight RGBA, [height, width, 4] u8; UserError if it cannot be read."""
+    try:
+        image = np.asarray(imageio.imread(path))
+        if image.dtype == np.uint16:
+            image = (image >> 8).astype(np.uint8)
+        if image.ndim == 2:
+            image = image[..., None]
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (1, 2, 3, 4):
+            raise ValueError(f"unexpected format {image.dtype} {image.shape}")
+    except Exception as error:                       # decoders raise OSError, SyntaxError, ValueError, struct.error ...
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"cannot read the image {path}: {reason}", "is the file complete? replace it or remove its frame")
+    color = image[..., :-1] if image.shape[2] in (2, 4) else image
+    alpha = image[..., -1:] if image.shape[2] in (2, 4) else np.full(image.shape[:2] + (1,), 255, np.uint8)
+    return np.concatenate([np.broadcast_to(color, image.shape[:2] + (3,)), alpha], 2)
+
+
+def downscale_image(rgba, factor):
+    """Area mean of factor x factor pixels, colors weighted by alpha; rows and columns left over are cropped."""
+    height, width = rgba.shape[0] // factor, rgba.shape[1] // factor
+    blocks = rgba[:height * factor, :width * factor].reshape(height, factor, width, factor, 4).astype(np.float32)
+    alpha = blocks[..., 3:].sum((1, 3))
+    color = (blocks[..., :3] * blocks[..., 3:]).sum((1, 3)) / np.maximum(alpha, 1)
+    return np.rint(np.concatenate([color, alpha / factor**2], 2)).astype(np.uint8)
+
+
+def load_views(folder, split, downscale=1):
+    """The views of one split ("train", "val", "test") of a scene in Blender's format.
+
+    Returns a namespace: rgba [n, height, width, 4] u8 (straight alpha), camera [n, 16] f32 (see k.generate_rays; in
+    the scene's own units), width, height, has_alpha; None if the split has no file. UserError for what is wrong.
+    """
+    path = os.path.join(folder, f"transforms_{split}.json")
+    if not os.path.exists(path):
+        return None
+    try:
+        with open(path, encoding="utf-8") as file:
+            meta = json.load(file)
+        frames = meta["frames"]
+        poses = np.array([frame["transform_matrix"] for frame in frames], np.float64).reshape(len(frames), -1, 4)[:, :3]
+        names = [str(frame["file_path"]) for frame in frames]
+        angle = float(meta["camera_angle_x"])
+        if not names or poses.shape[1] != 3:
+            raise ValueError("no frames, or poses that are not 4x4")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is not a transforms file: {type(error).__name__}: {error}",
+                        "it needs camera_angle_x and frames with file_path and a 4x4 transform_matrix")
+    if not np.isfinite(poses).all() or not 0 < angle < math.pi:
+        at = np.flatnonzero(~np.isfinite(poses).all((1, 2)))
+        what = f"the pose of {names[at[0]]}" if len(at) else f"camera_angle_x = {angle}"
+        raise UserError(f"{path}: {what} is not usable", "poses must be finite, and the angle between 0 and pi")
+
+    def find(name):
+        for ending in ("", ".png", ".jpg", ".jpeg", ".webp"):
+            candidate = os.path.join(folder, name + ending)
+            if os.path.isfile(candidate):
+                return candidate
+        raise UserError(f"no image {os.path.join(folder, name)} (nor with .png, .jpg, .webp), named in {path}",
+                        "is the download complete?")
+
+    paths = [find(name) for name in names]
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        images = list(pool.map(read_image, paths))
+    for image, name in zip(images, paths):
+        if image.shape != images[0].shape:
+            raise UserError(f"{name} is {image.shape[1]}x{image.shape[0]}, {paths[0]} is "
+                            f"{images[0].shape[1]}x{images[0].shape[0]}", "all images of a scene must have one size")
+    full_height, full_width = images[0].shape[:2]
+    if min(full_height, full_width) // downscale < 1:
+        raise UserError(f"--downscale {downscale} leaves nothing of {full_width}x{full_height} pixels", "use a smaller one")
+    if downscale > 1:
+        images = [downscale_image(image, downscale) for image in images]
+    rgba = np.stack(images)
+    if rgba.size // 4 >= 2**31:
+        raise UserError(f"{path} has {rgba.size // 4} pixels, more than 2^31", "use --downscale 2 or more")
+
+    camera = np.zeros((len(names), 16), np.float32)
+    camera[:, :12] = poses.reshape(-1, 12)
+    camera[:, 12:14] = 0.5 * full_width / math.tan(0.5 * angle) / downscale          # square pixels
+    camera[:, 14], camera[:, 15] = 0.5 * full_width / downscale, 0.5 * full_height / downscale
+    return types.SimpleNamespace(rgba=rgba, camera=camera, width=rgba.shape[2], height=rgba.shape[1],
+                                 has_alpha=bool((rgba[..., 3] < 255).any()))
+
+
+def load_scene(folder, downscale=1):
+    """(training views, held-out views, name of the held-out split) of a scene's folder; see load_views.
+
+    Held out is "test", else "val"; where there is neither, every 8th training view is left out of the training.
+    """
+    if not os.path.isdir(folder):
+        raise UserError(f"no such folder: {folder}", "the scene that comes along is data/lego; data/README.md lists others")
+    train = load_views(folder, "train", downscale)
+    if train is None:
+        raise UserError(f"no transforms_train.json in {folder}", "data/README.md says how a scene is laid out")
+    for split in ("test", "val"):
+        held_out = load_views(folder, split, downscale)
+        if held_out is not None:
+            return train, held_out, split
+    if len(train.rgba) < 2:
+        raise UserError(f"{folder} has a single view and no test views", "a radiance field needs several views")
+    every_8th = np.arange(len(train.rgba)) % 8 == 0
+    return select_views(train, ~every_8th), select_views(train, every_8th), "every 8th of train"
+
+
+def select_views(views, mask):
+    """The views that a boolean mask [n] picks, as a namespace like load_views'."""
+    return types.SimpleNamespace(**{**vars(views), "rgba": views.rgba[mask], "camera": views.camera[mask]})
+
+
+def over_white(rgba):
+    """Straight RGBA u8 over a white background: rgb f32 in [0, 1]."""
+    x = rgba.astype(np.float32) / 255.0
+    return x[..., :3] * x[..., 3:] + 1.0 - x[..., 3:]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Model: every buffer, and the lists of launches
+# ---------------------------------------------------------------------------------------------------------------------
+
+def level_layout(n_levels, table_slots):
+    """[n_levels, 4] i32 for the hash kernels: resolution, first slot, number of slots, 1 if hashed.
+
+    Resolutions grow geometrically (instant-ngp, equation 3). A level whose (resolution + 1)^3 vertices fit into
+    table_slots is stored densely, the others are hashed into table_slots (a power of two).
+    """
+    rows, first = [], 0
+    for l in range(n_levels):
+        resolution = round(BASE_RESOLUTION * (FINEST_RESOLUTION / BASE_RESOLUTION) ** (l / max(n_levels - 1, 1)))
+        dense = (resolution + 1) ** 3 <= table_slots
+        rows.append((resolution, first, (resolution + 1) ** 3 if dense else table_slots, 0 if dense else 1))
+        first += rows[-1][2]
+    return np.array(rows, np.int32)
+
+
+class Model:
+    """The field's parameters and all buffers of a step. Shapes stand behind each line; n = batch, the sample budget."""
+
+    def __init__(self, settings, n_levels=N_LEVELS, training=True):
+        """settings: an entry of MACHINES. A model that only renders (training=False) has no gradients."""
+        self.settings, self.n_levels = settings, n_levels
+        n, n_rays, cells = settings["batch"], settings["rays"], settings["grid"] ** 3
+        self.step_length = math.sqrt(3.0) / settings["steps_across"]
+        layout = level_layout(n_levels, settings["table"])
+        n_slots = int(layout[:, 2].sum())
+        self.n_entries = n_slots * k.N_FEATURES
+        self.n_params = sum(n_in * n_out for _, n_in, n_out in LAYERS)
+        self.pitch = self.n_params + 16                          # of a row of `partial`
+
+        f32, i32, u32 = ti.f32, ti.i32, ti.u32
+        self.buffers = []
+        self.table = self.new(f32, self.n_entries)               # [n_slots, N_FEATURES]
+        self.params = self.new(f32, self.n_params)               # the layers' weights, in the order of LAYERS
+        self.level = self.new(i32, layout.size)                  # [n_levels, 4]
+        self.level.from_numpy(layout.ravel())
+        self.occupancy = self.new(u32, cells // 32)              # one bit per cell
+        self.layer, first = types.SimpleNamespace(), 0
+        for name, n_in, n_out in LAYERS:
+            weight = self.new(k.row64 if n_out == k.WIDTH else k.row16, n_in)
+            weight_t = self.new(k.row64, n_out)
+            setattr(self.layer, name, types.SimpleNamespace(n_in=n_in, first=first, weight=weight, weight_t=weight_t))
+            first += n_in * n_out
+
+        self.ray_pixel = self.new(i32, n_rays)                   # index of the pixel
+        self.ray = self.new(f32, 8 * n_rays)                     # origin, t_first, direction, t_last
+        self.ray_step = self.new(i32, n_rays)
+        self.ray_span = self.new(i32, 2 * n_rays)                # first sample, number of samples
+        self.pixel = self.new(f32, 4 * n_rays)                   # color without background, T
+        self.depth = self.new(f32, n_rays)
+        self.block_start = self.new(i32, -(-n_rays // settings["block"]))
+        self.counter = self.new(i32, 4)                          # see kernels.py
+        self.sample = self.new(f32, 4 * n)                       # position, dt
+        self.sample_ray = self.new(i32, n)
+        self.feature = self.new(k.row64, n)                      # the first n_levels * N_FEATURES entries
+        self.density_hidden = self.new(k.row64, n)
+        self.geometry = self.new(k.row16, n)                     # [0] becomes sigma, all of it goes to the color MLP
+        self.color_input = self.new(k.row64, n)                  # geometry, spherical harmonics: the first 32 entries
+        self.color_hidden_1 = self.new(k.row64, n)
+        self.color_hidden_2 = self.new(k.row64, n)
+        self.color_raw = self.new(k.row16, n)                    # 3 are used
+        self.rgb_sigma = self.new(f32, 4 * n)
+        if not training:
+            return
+
+        self.grad_table = self.new(f32, self.n_entries)
+        self.grad_params = self.new(f32, self.n_params)
+        self.table_moment = self.new(f32, 2 * self.n_entries)    # Adam's m, v
+        self.params_moment = self.new(f32, 2 * self.n_params)
+        self.partial = self.new(f32, -(-n // settings["chunk"]) * self.pitch)
+        self.loss = self.new(f32, n_rays)
+        self.grad_pixel = self.new(f32, 4 * n_rays)
+        self.grad_feature = self.new(k.row64, n)
+        self.grad_density_hidden = self.new(k.row64, n)
+        self.grad_geometry = self.new(k.row16, n)
+        self.grad_color_input = self.new(k.row64, n)
+        self.grad_color_hidden_1 = self.new(k.row64, n)
+        self.grad_color_hidden_2 = self.new(k.row64, n)
+        self.grad_color_raw = self.new(k.row16, n)
+        self.grad_rgb_sigma = self.new(f32, 4 * n)
+        self.density_grid = self.new(f32, cells)                 # -1 where no camera looks
+        self.block_density = self.new(f32, 2 * -(-cells // 1024))
+        self.threshold = self.new(f32, 1)
+        self.cell_counter = self.new(i32, 4)
+
+    def new(self, dtype, n):
+        """A zeroed buffer of n entries."""
+        buffer = ti.ndarray(dtype, n)
+        buffer.fill(0)
+        self.buffers.append((n, getattr(dtype, "n", 1)))
+        return buffer
+
+    def buffer_mb(self):
+        """Exact size of all buffers in MB (10^6 bytes); every entry is made of 4-byte numbers."""
+        return sum(4 * n * width for n, width in self.buffers) / 1e6
+
+    def initialize(self, seed):
+        """Random parameters: the table U(+-1e-4), weights Glorot uniform (bound sqrt(6 / (inputs + outputs)))."""
+        k.fill_uniform(self.n_entries, 0, TABLE_BOUND, seed, self.table)
+        first = 0
+        for _, n_in, n_out in LAYERS:
+            k.fill_uniform(n_in * n_out, first, math.sqrt(6.0 / (n_in + n_out)), seed, self.params)
+            first += n_in * n_out
+        load_weights(self)
+
+
+def load_weights(m):
+    """Flat parameters into rows, after each change of them."""
+    for layer in (m.layer.density_1, m.layer.color_1, m.layer.color_2):
+        k.load_hidden_weights(layer.n_in, layer.first, m.params, layer.weight, layer.weight_t)
+    for layer in (m.layer.density_2, m.layer.color_3):
+        k.load_output_weights(layer.first, m.params, layer.weight, layer.weight_t)
+
+
+def march(m, n_rays, limit):
+    """Rays to samples: at most `limit` more per ray."""
+    grid, block = m.settings["grid"], m.settings["block"]
+    k.count_samples(n_rays, limit, m.step_length, grid, m.ray, m.ray_step, m.pixel, m.occupancy, m.ray_span)
+    k.sum_counts(n_rays, block, m.ray_span, m.block_start)
+    k.scan_blocks(n_rays, block, m.settings["batch"], m.block_start, m.counter)
+    k.claim_spans(n_rays, block, m.block_start, m.ray_span)
+    k.write_samples(n_rays, limit, m.step_length, grid, m.ray, m.ray_step, m.occupancy, m.ray_span, m.sample,
+                    m.sample_ray)
+
+
+def density_forward(m, counter):
+    """Samples to geometry and sigma; for the samples of rays and for the cells of the occupancy grid."""
+    net = m.layer
+    k.hash_encode_forward(m.n_levels, counter, m.level, m.sample, m.table, m.feature)
+    k.hidden_layer_forward(net.density_1.n_in, counter, m.feature, net.density_1.weight, m.density_hidden)
+    k.output_layer_forward(counter, m.density_hidden, net.density_2.weight, m.geometry)
+    k.density_head_forward(counter, m.geometry, m.rgb_sigma)
+
+
+def forward(m, n_rays):
+    """Samples to pixels."""
+    net, counter = m.layer, m.counter
+    density_forward(m, counter)
+
+    k.color_input_forward(counter, m.geometry, m.sample_ray, m.ray, m.color_input)
+    k.hidden_layer_forward(net.color_1.n_in, counter, m.color_input, net.color_1.weight, m.color_hidden_1)
+    k.hidden_layer_forward(net.color_2.n_in, counter, m.color_hidden_1, net.color_2.weight, m.color_hidden_2)
+    k.output_layer_forward(counter, m.color_hidden_2, net.color_3.weight, m.color_raw)
+    k.color_head_forward(counter, m.color_raw, m.rgb_sigma)
+
+    k.composite_forward(n_rays, m.ray, m.ray_span, m.sample, m.rgb_sigma, m.pixel, m.depth)
+
+
+def backward(m, n_rays):
+    """Mirror of forward(), from grad_pixel to grad_params and grad_table, bottom to top."""
+    net, counter, chunk, pitch = m.layer, m.counter, m.settings["chunk"], m.pitch
+    k.composite_backward(n_rays, m.ray_span, m.sample, m.rgb_sigma, m.pixel, m.grad_pixel, m.grad_rgb_sigma)
+
+    k.color_head_backward(counter, m.rgb_sigma, m.grad_rgb_sigma, m.grad_color_raw)
+    k.output_layer_backward_weight(chunk, pitch, net.color_3.first, counter, m.color_hidden_2, m.grad_color_raw,
+                                   m.partial)
+    k.output_layer_backward_input(counter, m.color_hidden_2, net.color_3.weight_t, m.grad_color_raw,
+                                  m.grad_color_hidden_2)
+    k.hidden_layer_backward_weight(net.color_2.n_in, chunk, pitch, net.color_2.first, counter, m.color_hidden_1,
+                                   m.grad_color_hidden_2, m.partial)
+    k.hidden_layer_backward_input(1, counter, m.color_hidden_1, net.color_2.weight_t, m.grad_color_hidden_2,
+                                  m.grad_color_hidden_1)
+    k.hidden_layer_backward_weight(net.color_1.n_in, chunk, pitch, net.color_1.first, counter, m.color_input,
+                                   m.grad_color_hidden_1, m.partial)
+    k.hidden_layer_backward_input(0, counter, m.color_input, net.color_1.weight_t, m.grad_color_hidden_1,
+                                  m.grad_color_input)
+
+    k.density_head_backward(counter, m.rgb_sigma, m.grad_rgb_sigma, m.grad_color_input, m.grad_geometry)
+    k.output_layer_backward_weight(chunk, pitch, net.density_2.first, counter, m.density_hidden, m.grad_geometry,
+                                   m.partial)
+    k.output_layer_backward_input(counter, m.density_hidden, net.density_2.weight_t, m.grad_geometry,
+                                  m.grad_density_hidden)
+    k.hidden_layer_backward_weight(net.density_1.n_in, chunk, pitch, net.density_1.first, counter, m.feature,
+                                   m.grad_density_hidden, m.partial)
+    k.hidden_layer_backward_input(0, counter, m.feature, net.density_1.weight_t, m.grad_density_hidden, m.grad_feature)
+    k.hash_encode_backward(m.n_levels, m.settings["hash_chunks"], counter, m.level, m.sample, m.grad_feature,
+                           m.grad_table)
+    k.sum_partials(m.n_params, chunk, pitch, counter, m.partial, m.grad_params)
+
+
+def adam(m, step, learning_rate):
+    """One step of the optimiser, the step-th (from 1), with Adam's bias corrections folded into the rate."""
+    rate = learning_rate * math.sqrt(1.0 - BETA_2**step) / (1.0 - BETA_1**step)
+    k.adam_step(m.n_entries, rate, BETA_1, BETA_2, EPSILON, m.table, m.grad_table, m.table_moment)
+    k.adam_step(m.n_params, rate, BETA_1, BETA_2, EPSILON, m.params, m.grad_params, m.params_moment)
+    load_weights(m)
+
+
+def update_occupancy(m, n_cells, first, seed, step):
+    """Look at n_cells cells of the occupancy grid anew, from the `first` of the scattered walk on."""
+    grid = m.settings["grid"]
+    k.place_cell_samples(n_cells, first, grid, seed, step, m.sample, m.cell_counter)
+    density_forward(m, m.cell_counter)
+    k.update_density_grid(n_cells, first, grid, DECAY, m.rgb_sigma, m.density_grid)
+    k.sum_density_grid(grid**3, 1024, m.density_grid, m.block_density)
+    k.find_threshold(grid**3 // 1024, 0.01 / m.step_length, m.block_density, m.threshold)
+    k.pack_occupancy(grid**3 // 32, m.density_grid, m.threshold, m.occupancy)
+
+
+def train_step(m, n_rays, views, seed, step, learning_rate):
+    """One step on n_rays random pixels of `views` (a namespace made by upload_views). Nothing is read back."""
+    k.pick_pixels(n_rays, views.n, views.width * views.height, seed, step, m.ray_pixel)
+    k.generate_rays(n_rays, views.width, views.height, NEAR / BOX_SIDE, m.step_length, 1, seed, step, m.ray_pixel,
+                    views.camera, m.ray, m.ray_step, m.pixel, m.depth)
+    march(m, n_rays, k.END)
+    forward(m, n_rays)
+    k.loss_and_gradient(n_rays, int(views.has_alpha), seed, step, m.counter, m.ray_pixel, views.image, m.ray_span,
+                        m.pixel, m.loss, m.grad_pixel)
+    backward(m, n_rays)
+    adam(m, step + 1, learning_rate)
+
+
+def to_cube(camera):
+    """Cameras [n, 16] in world units as cameras of the unit cube: the scene's box, shifted and scaled."""
+    camera = camera.copy()
+    camera[:, 3:12:4] = camera[:, 3:12:4] / BOX_SIDE + 0.5
+    return camera
+
+
+def upload_views(m, views):
+    """Training views on the device: image [n * height * width] u32, camera [n, 16] f32 in the unit cube."""
+    words = np.ascontiguousarray(views.rgba).view("<u4").ravel()
+    image, camera = m.new(ti.u32, words.size), m.new(ti.f32, views.camera.size)
+    image.from_numpy(words)
+    camera.from_numpy(to_cube(views.camera).ravel())
+    return types.SimpleNamespace(image=image, camera=camera, n=len(views.rgba), width=views.width, height=views.height,
+                                 has_alpha=views.has_alpha)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Training and rendering
+# ---------------------------------------------------------------------------------------------------------------------
+
+def train(m, views, seed, steps=None, seconds=None, report=lambda **line: None):
+    """Train for a number of steps, or for so many seconds of wall clock; the learning rate's schedule spans either.
+
+    views   from upload_views
+    report  called every READ_EVERY steps with progress (0..1), step, seconds, loss, psnr, samples_per_second, n_rays
+    Returns the totals: steps, train_seconds, compile_seconds, samples, rays, rays_dropped.
+    The clock starts when every kernel has been launched once on nothing.
+    """
+    grid, batch, refresh = m.settings["grid"], m.settings["batch"], m.settings["refresh"]
+    start = time.perf_counter()
+    m.initialize(seed)
+    train_step(m, 0, views, seed, 0, 0.0)
+    update_occupancy(m, 0, 0, seed, 0)
+    k.mark_visible_cells(grid, views.n, views.width, views.height, NEAR / BOX_SIDE, views.camera, m.density_grid)
+    m.threshold.fill(-0.5)                                       # every cell that a camera sees may hold something
+    k.pack_occupancy(grid**3 // 32, m.density_grid, m.threshold, m.occupancy)
+    ti.sync()
+    total = dict(steps=0, train_seconds=0.0, compile_seconds=time.perf_counter() - start, samples=0, rays=0,
+                 rays_dropped=0)
+
+    n_rays, rays_since, seen = 256, 0, m.counter.to_numpy().view(np.uint32)
+    step, progress, cell = 0, 0.0, 0
+    start = time.perf_counter()
+    while progress < 1.0:
+        train_step(m, n_rays, views, seed, step, LEARNING_RATE * (FINAL_RATE / LEARNING_RATE) ** progress)
+        step, rays_since = step + 1, rays_since + n_rays
+        if step % min(refresh, 1 + step // 64) == 0:         # more often while the field takes shape
+            n_cells = min(batch, grid**3)
+            update_occupancy(m, n_cells, cell, seed, step)
+            cell = (cell + n_cells) % grid**3
+        if step % READ_EVERY == 0 or step in (1, 2, 4, 8) or step == steps:
+            counter = m.counter.to_numpy().view(np.uint32)       # waits for the device
+            dropped, samples = (int(d) for d in (counter - seen)[2:])
+            total["samples"], total["rays"] = total["samples"] + samples, total["rays"] + rays_since - dropped
+            total["rays_dropped"] += dropped
+            loss = float(m.loss.to_numpy()[:n_rays].sum() / max(counter[1], 1))
+            if not math.isfinite(loss):
+                raise UserError(f"the loss is not a finite number at step {step}", "are the poses and images right?")
+            line = dict(progress=progress, step=step, seconds=time.perf_counter() - start, loss=loss,
+                        psnr=-10.0 * math.log10(max(loss, 1e-10)), n_rays=n_rays)
+            line["samples_per_second"] = total["samples"] / line["seconds"]
+            report(**line)
+            # The next rays: as many as fill 95 % of the budget if they want what the last ones wanted.
+            wanted = max(samples, 1) / max(rays_since - dropped, 1)
+            n_rays = int(min(max(0.95 * batch / wanted, m.settings["block"]), m.settings["rays"]))
+            seen, rays_since = counter, 0
+        progress = step / steps if steps is not None else (time.perf_counter() - start) / seconds
+    ti.sync()
+    total["steps"], total["train_seconds"] = step, time.perf_counter() - start
+    return total
+
+
+def render_view(m, camera, width, height):
+    """Render one view: (rgb [height, width, 3] over white, depth [height, width] in world units, inf where empty).
+
+    camera [16] in world units, see k.generate_rays. The image is rendered in tiles of as many rays as there are
+    buffers for, and a tile in waves: each takes the rays that light still gets through a few samples further.
+    """
+    n_pixels, tile = width * height, min(m.settings["rays"], m.settings["batch"] // 4)
+    rgb, depth = np.empty((n_pixels, 3), np.float32), np.empty(n_pixels, np.float32)
+    if not hasattr(m, "view_camera"):
+        m.view_camera = m.new(ti.f32, 16)
+    m.view_camera.from_numpy(to_cube(camera[None]).ravel())
+    for first in range(0, n_pixels, tile):
+        n_rays = min(tile, n_pixels - first)
+        k.list_pixels(n_rays, first, m.ray_pixel)
+        k.generate_rays(n_rays, width, height, NEAR / BOX_SIDE, m.step_length, 0, 0, 0, m.ray_pixel, m.view_camera,
+                        m.ray, m.ray_step, m.pixel, m.depth)
+        limit, marching = 8, True
+        while marching:
+            march(m, n_rays, limit)
+            forward(m, n_rays)
+            n_samples, n_kept = m.counter.to_numpy()[:2]
+            marching = n_samples > 0 or n_kept < n_rays
+            limit = min(2 * limit, m.settings["batch"] // m.settings["block"])
+        pixel = m.pixel.to_numpy()[:4 * n_rays].reshape(n_rays, 4)
+        rgb[first:first + n_rays] = pixel[:, :3] + pixel[:, 3:]
+        opacity = 1.0 - pixel[:, 3]
+        depth[first:first + n_rays] = np.where(opacity > 0.5, m.depth.to_numpy()[:n_rays] / np.maximum(opacity, 0.5),
+                                               np.inf) * BOX_SIDE
+    return rgb.reshape(height, width, 3), depth.reshape(height, width)
+
+
+def psnr(image, truth):
+    """Peak signal-to-noise ratio in dB of rgb images in [0, 1]; the image is clipped."""
+    return float(-10.0 * np.log10(np.maximum(np.mean((np.clip(image, 0, 1) - truth) ** 2), 1e-10)))
+
+
+def ssim(image, truth):
+    """Structural similarity (Wang et al. 2004): 11x11 Gaussian window, sigma 1.5, K 0.01 / 0.03, mean over channels and
+    over the pixels whose window lies inside the image (at least 11x11)."""
+    window = np.exp(-0.5 * (np.arange(-5, 6) / 1.5) ** 2)
+    window /= window.sum()
+
+    def blur(x):
+        x = sum(w * x[i:x.shape[0] - 10 + i] for i, w in enumerate(window))
+        return sum(w * x[:, i:x.shape[1] - 10 + i] for i, w in enumerate(window))
+
+    x, y = np.clip(image, 0, 1).astype(np.float64), truth.astype(np.float64)
+    mean_x, mean_y = blur(x), blur(y)
+    var_x, var_y, cov = blur(x * x) - mean_x**2, blur(y * y) - mean_y**2, blur(x * y) - mean_x * mean_y
+    return float(np.mean((2 * mean_x * mean_y + 1e-4) * (2 * cov + 9e-4)
+                         / ((mean_x**2 + mean_y**2 + 1e-4) * (var_x + var_y + 9e-4))))
+
+
+def evaluate(m, views, each=lambda i, rgb, depth, truth: None):
+    """Render every view and compare: psnr, ssim, psnr_per_view, render_seconds_per_view; `each` gets every picture."""
+    psnrs, ssims, seconds = [], [], 0.0
+    for i in range(len(views.rgba)):
+        start = time.perf_counter()
+        rgb, depth = render_view(m, views.camera[i], views.width, views.height)
+        seconds += time.perf_counter() - start
+        truth = over_white(views.rgba[i])
+        psnrs.append(psnr(rgb, truth))
+        ssims.append(ssim(rgb, truth) if min(views.width, views.height) >= 11 else float("nan"))
+        each(i, rgb, depth, truth)
+    return dict(psnr=float(np.mean(psnrs)), ssim=float(np.mean(ssims)), psnr_per_view=psnrs,
+                render_seconds_per_view=seconds / len(psnrs))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files: the model, pictures, the video
+# ---------------------------------------------------------------------------------------------------------------------
+
+def save_model(path, m, info, cameras):
+    """Write everything that rendering needs to an .npz: table, params, occupancy, info (a dict, as JSON) and cameras
+    (a dict of arrays [n, 16] in world units, stored as camera_<name>). Written beside and moved, so never half there."""
+    arrays = dict(table=m.table.to_numpy(), params=m.params.to_numpy(), occupancy=m.occupancy.to_numpy(),
+                  info=np.array(json.dumps(info)), **{f"camera_{name}": camera for name, camera in cameras.items()})
+    with open(path + ".part", "wb") as file:
+        np.savez(file, **arrays)
+    os.replace(path + ".part", path)
+
+
+def load_model(folder, machine):
+    """The model of a run folder, ready to render on this machine ("cpu" or "gpu"): (Model, info, cameras)."""
+    path = os.path.join(folder, "model.npz")
+    if not os.path.exists(path):
+        raise UserError(f"no {path}", "give the folder of a finished training run, such as runs/lego")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+        info = json.loads(str(arrays["info"]))
+        settings = {**MACHINES[machine], **info["settings"]}
+        m = Model(settings, info["n_levels"], training=False)
+        for name in ("table", "params", "occupancy"):
+            getattr(m, name).from_numpy(arrays[name])
+    except Exception as error:                       # zip, JSON and NumPy each have errors of their own
+        raise UserError(f"{path} is not a model of this version: {error}", "train again with this version")
+    load_weights(m)
+    return m, info, {name[7:]: array for name, array in arrays.items() if name.startswith("camera_")}
+
+
+def to_bytes(image):
+    """Image in [0, 1] as u8."""
+    return np.rint(np.clip(image, 0.0, 1.0) * 255.0).astype(np.uint8)
+
+
+def depth_image(depth):
+    """Depth [height, width] as a grey picture u8: near is white, far dark grey, empty black."""
+    seen = np.isfinite(depth)
+    if not seen.any():
+        return np.zeros(depth.shape, np.uint8)
+    near, far = np.percentile(depth[seen], (1, 99))
+    grey = 1.0 - 0.85 * np.clip((depth - near) / max(far - near, 1e-6), 0.0, 1.0)
+    return to_bytes(np.where(seen, grey, 0.0))
+
+
+def orbit_cameras(cameras, n_frames):
+    """A closed path [n_frames, 16] fitted to the training cameras [n, 16], in world units.
+
+    Where they surround a subject, a circle around it at their mean distance and height; where they face it from one
+    side, an ellipse as wide as they are spread, in the plane in which they lie. Every frame looks at the point that
+    is nearest to all their optical axes.
+    """
+    pose = cameras[:, :12].reshape(-1, 3, 4).astype(np.float64)
+    origin, forward, up = pose[:, :, 3], -pose[:, :, 2], pose[:, :, 1].mean(0)
+    # Nearest point to the axes: sum_n (I - f f^T) (x - origin_n) = 0. A little of the identity keeps it solvable when
+    # all axes are parallel.
+    across = np.eye(3) - forward[:, :, None] * forward[:, None, :]
+    target = np.linalg.solve(across.sum(0) + 1e-6 * np.eye(3), (across @ origin[:, :, None]).sum(0)[:, 0]
+                             + 1e-6 * (origin.mean(0) + forward.mean(0)))
+    up /= np.linalg.norm(up)
+    right = np.cross(forward.mean(0), up)
+    if np.linalg.norm(right) < 1e-6:
+        right = np.cross([1.0, 0.0, 0.0] if abs(up[0]) < 0.9 else [0.0, 1.0, 0.0], up)
+    right /= np.linalg.norm(right)
+    turn = np.linspace(0.0, 2.0 * np.pi, n_frames, endpoint=False)[:, None]
+    facing = np.linalg.norm(forward.mean(0)) > 0.8               # 1: all look the same way; 0: from all around
+    if facing:
+        spread = np.sqrt(2.0) * (origin - origin.mean(0)).std(0)
+        place = origin.mean(0) + np.cos(turn) * right * abs(spread @ right) + np.sin(turn) * up * abs(spread @ up)
+    else:
+        height = ((origin - target) @ up).mean()
+        radius = math.sqrt(max(((origin - target) ** 2).sum(1).mean() - height**2, 1e-6))
+        place = target + height * up + radius * (np.cos(turn) * right + np.sin(turn) * np.cross(up, right))
+
+    path = np.repeat(cameras[:1], n_frames, 0)
+    for at, camera in zip(place, path):
+        back = (at - target) / np.linalg.norm(at - target)
+        side = np.cross(up, back)
+        side /= np.linalg.norm(side)
+        camera[:12] = np.stack([side, np.cross(back, side), back, at], 1).ravel()
+    return path
+
+
+def resize_camera(camera, old_size, new_size):
+    """Camera [16] for another image size (width, height): the same field of view across."""
+    camera, scale = camera.copy(), new_size[0] / old_size[0]
+    camera[12:16] *= scale
+    camera[15] += 0.5 * (new_size[1] - scale * old_size[1])
+    return camera
+
+
+def write_frames(path, frames, n_frames):
+    """Frames (an iterable of u8 images) as a video file, or as PNGs in a folder if the name has no ending.
+
+    Without ffmpeg a .gif stands in for .mp4. Returns the path written.
+    """
+    ending = os.path.splitext(path)[1].lower()
+    if ending not in ("", ".mp4", ".gif"):
+        raise UserError(f"cannot write a video as {path}", "end the name in .mp4 or .gif, or give a folder for PNGs")
+    with progress_bar("render") as bar:
+        task = bar.add_task("render", total=n_frames)
+        if ending == "":
+            os.makedirs(path, exist_ok=True)
+            for i, frame in enumerate(frames):
+                imageio.imwrite(os.path.join(path, f"{i:04d}.png"), frame)
+                bar.update(task, advance=1)
+            return path
+        if ending == ".mp4":
+            try:
+                import imageio_ffmpeg
+                imageio_ffmpeg.get_ffmpeg_exe()
+            except (ImportError, RuntimeError):
+                path = path[:-4] + ".gif"
+                print(f"no ffmpeg here: writing {path} instead (pip install 'imageio[ffmpeg]' brings it)")
+        images = []
+        for frame in frames:
+            images.append(frame[:frame.shape[0] // 2 * 2, :frame.shape[1] // 2 * 2])     # H.264 wants even sizes
+            bar.update(task, advance=1)
+    part = os.path.splitext(path)[0] + ".part" + os.path.splitext(path)[1]
+    if path.endswith(".mp4"):
+        imageio.imwrite(part, images, fps=30, codec="libx264", quality=8, macro_block_size=2, plugin="FFMPEG")
+    else:
+        imageio.imwrite(part, images, duration=1000 / 30, loop=0)
+    os.replace(part, path)
+    return path
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+# ---------------------------------------------------------------------------------------------------------------------
+
+def start_taichi(arch):
+    """Start Taichi on "cpu", "cuda", "vulkan", "metal", or the best of them ("auto"): (arch, device name).
+
+    auto takes CUDA, then a Vulkan or Metal GPU, then the CPU. UserError if an arch that was asked for is missing.
+    """
+    choices = [arch] if arch != "auto" else ["cuda", "metal" if sys.platform == "darwin" else "vulkan", "cpu"]
+    if arch == "auto" and sys.platform == "linux" and not os.path.exists("/dev/dri"):
+        choices.remove("vulkan")                     # no GPU: what Vulkan would find is a renderer in software
+    for choice in choices:
+        # Matrices as LLVM vectors: three times the speed for the weight gradients on a CPU; SPIR-V cannot take them.
+        options = dict(real_matrix_scalarize=False) if choice == "cpu" else {}
+        sys.stdout.flush()
+        with tempfile.TemporaryFile("w+") as log:    # only Taichi's trace says which device it found
+            saved = os.dup(1), os.dup(2)
+            try:
+                os.dup2(log.fileno(), 1)
+                os.dup2(log.fileno(), 2)
+                ti.init(arch=getattr(ti, choice), enable_fallback=False, log_level=ti.TRACE, **options)
+                started = True
+            except RuntimeError:
+                started = False
+            finally:
+                sys.stdout.flush()
+                for fd in (1, 2):
+                    os.dup2(saved[fd - 1], fd)
+                    os.close(saved[fd - 1])
+            log.seek(0)
+            found = re.search(r'Vulkan Device "(.*?)" supports|CUDA [Dd]evice \[.*?\]:? *(.*)', log.read())
+        ti.set_logging_level(ti.WARN)
+        device = next((name for name in found.groups() if name), "unknown") if found else "unknown"
+        in_software = re.search("llvmpipe|lavapipe|swiftshader|basic render", device.lower())
+        if started and not (arch == "auto" and choice == "vulkan" and (in_software or device == "unknown")):
+            return choice, cpu_name() if choice == "cpu" else device
+    raise UserError(f"--arch {arch} is not to be had on this machine", "--arch auto takes the best that there is")
+
+
+def cpu_name():
+    """What the operating system calls the processor, and the number of its cores."""
+    name = platform.processor() or platform.machine() or "unknown"
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            name = re.search(r"model name\s*: (.*)", file.read()).group(1)
+    except (OSError, AttributeError):
+        pass
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def peak_memory_mb():
+    """Largest memory of this process so far in MB (10^6 bytes), or None where Python cannot tell (Windows)."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
+
+
+def progress_bar(text):
+    """A rich progress bar, silent where the output is not a terminal."""
+    columns = (rich.progress.TextColumn(text), rich.progress.BarColumn(), rich.progress.TaskProgressColumn(),
+               rich.progress.TextColumn("{task.fields[note]}"), rich.progress.TimeRemainingColumn())
+    bar = rich.progress.Progress(*columns, disable=not sys.stdout.isatty(), transient=True)
+    add_task = bar.add_task
+    bar.add_task = lambda *a, **b: add_task(*a, **{"note": "", **b})
+    return bar
+
+
+def run_folder(out, scene, overwrite):
+    """The folder that this run will write to: `out`, or the next free runs/<scene>, runs/<scene>-2 and so on."""
+    if out is None:
+        name = os.path.basename(os.path.abspath(scene))
+        out, number = os.path.join("runs", name), 1
+        while os.path.exists(out):
+            number += 1
+            out = os.path.join("runs", f"{name}-{number}")
+    elif os.path.exists(out):
+        is_run = os.path.isdir(out) and (not os.listdir(out) or os.path.exists(os.path.join(out, "metrics.json")))
+        if not overwrite:
+            raise UserError(f"{out} exists", "choose another --out, or replace it with --overwrite")
+        if not is_run:
+            raise UserError(f"{out} exists and is no run folder: it will not be overwritten", "choose another --out")
+    return out
+
+
+def command_train(args):
+    """tinynerf.py train: from a scene's folder to a run folder."""
+    out = run_folder(args.out, args.scene, args.overwrite)
+    start = time.perf_counter()
+    train_views, test_views, split = load_scene(args.scene, args.downscale)
+    print(f"{args.scene}: {len(train_views.rgba)} training views, {len(test_views.rgba)} held out ({split}), "
+          f"{train_views.width}x{train_views.height}, read in {time.perf_counter() - start:.1f} s")
+    arch, device = start_taichi(args.arch)
+    machine = "cpu" if arch == "cpu" else "gpu"
+    settings = MACHINES[machine]
+    print(f"tinynerf {VERSION} on {arch} ({device}), Taichi {'.'.join(map(str, ti.__version__))}")
+    steps, seconds = args.steps, args.seconds
+    if steps is None and seconds is None:
+        steps, seconds = settings.get("steps"), settings.get("seconds")
+    m = Model(settings)
+    views = upload_views(m, train_views)
+    try:
+        os.makedirs(out, exist_ok=True)
+        log_file = open(os.path.join(out, "log.csv"), "w", newline="", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write to {out}: {error.strerror}", "choose another --out")
+
+    with log_file, progress_bar("train ") as bar:
+        log = csv.writer(log_file)
+        log.writerow(["step", "seconds", "loss", "psnr"])
+        task, printed = bar.add_task("train", total=1.0), [0.0]
+
+        def report(progress, step, seconds, loss, psnr, samples_per_second, n_rays):
+            log.writerow([step, f"{seconds:.3f}", f"{loss:.6g}", f"{psnr:.3f}"])
+            note = f"step {step}  psnr {psnr:5.2f} dB  {samples_per_second / 1e6:.2f} M samples/s"
+            bar.update(task, completed=progress, note=note)
+            if bar.disable and seconds >= printed[0]:
+                printed[0] = seconds + 10.0
+                print(f"{note}  {seconds:.0f} s", flush=True)
+
+        total = train(m, views, args.seed, steps, seconds, report)
+
+    info = dict(version=VERSION, scene=os.path.abspath(args.scene), downscale=args.downscale, n_levels=m.n_levels,
+                width=train_views.width, height=train_views.height, split=split,
+                settings={name: settings[name] for name in ("table", "grid", "steps_across")})
+    save_model(os.path.join(out, "model.npz"), m, info, dict(train=train_views.camera, test=test_views.camera))
+
+    metrics = measure(m, test_views, out)
+    metrics.update(split=split, steps=total["steps"], train_seconds=total["train_seconds"],
+                   compile_seconds=total["compile_seconds"],
+                   samples_per_second=total["samples"] / total["train_seconds"],
+                   rays_per_second=total["rays"] / total["train_seconds"], rays_dropped=total["rays_dropped"])
+    path = orbit_cameras(train_views.camera, settings["frames"])
+    write_frames(os.path.join(out, "orbit.mp4"), (to_bytes(render_view(m, camera, views.width, views.height)[0])
+                                                  for camera in path), len(path))
+    metrics.update(buffer_mb=m.buffer_mb(), peak_memory_mb=peak_memory_mb(), arch=arch, device=device, seed=args.seed,
+                   taichi=".".join(map(str, ti.__version__)), version=VERSION)
+    with open(os.path.join(out, "metrics.json"), "w", encoding="utf-8") as file:
+        json.dump(metrics, file, indent=1)
+    print(f"| scene | PSNR | SSIM | views | size | steps | train s | compile s | M samples/s | s per view | machine |\n"
+          f"|---|---|---|---|---|---|---|---|---|---|---|\n"
+          f"| {os.path.basename(os.path.abspath(args.scene))} | {metrics['psnr']:.2f} dB | {metrics['ssim']:.4f} "
+          f"| {metrics['n_views']} {split}, white | {views.width}x{views.height} | {total['steps']} "
+          f"| {total['train_seconds']:.1f} | {total['compile_seconds']:.1f} "
+          f"| {metrics['samples_per_second'] / 1e6:.2f} | {metrics['render_seconds_per_view']:.2f} | {arch}, {device} |")
+    print(f"{total['rays_dropped']} of {total['rays'] + total['rays_dropped']} rays dropped; "
+          f"{metrics['buffer_mb']:.0f} MB of buffers; everything is in {out}")
+
+
+def measure(m, views, out=None):
+    """Evaluate the held-out views into the metrics that train and eval share; with `out`, leave the pictures there:
+    test/*.png, compare.png (truth | render | error, three views) and depth.png."""
+    n = len(views.rgba)
+    rows, shown = [], {0, n // 3, 2 * n // 3}
+    with progress_bar("test  ") as bar:
+        task = bar.add_task("test", total=n)
+
+        def each(i, rgb, depth, truth):
+            if out is not None:
+                imageio.imwrite(os.path.join(out, "test", f"{i:03d}.png"), to_bytes(rgb))
+                if i in shown:
+                    rows.append(np.concatenate([truth, np.clip(rgb, 0, 1), np.abs(np.clip(rgb, 0, 1) - truth)], 1))
+                if i == 0:
+                    imageio.imwrite(os.path.join(out, "depth.png"), depth_image(depth))
+            bar.update(task, advance=1)
+
+        if out is not None:
+            os.makedirs(os.path.join(out, "test"), exist_ok=True)
+        metrics = evaluate(m, views, each)
+    if out is not None:
+        imageio.imwrite(os.path.join(out, "compare.png"), to_bytes(np.concatenate(rows)))
+    return dict(metrics, n_views=n, image_size=[views.width, views.height], background="white")
+
+
+def command_render(args):
+    """tinynerf.py render: a video, or PNGs, from a run folder."""
+    arch, device = start_taichi(args.arch)
+    m, info, cameras = load_model(args.run, "cpu" if arch == "cpu" else "gpu")
+    old_size = info["width"], info["height"]
+    size = args.size or old_size
+    path = cameras["test"] if args.path == "test" else orbit_cameras(cameras["train"], args.frames or 120)
+    path = path[:args.frames]
+    frames = (to_bytes(render_view(m, resize_camera(camera, old_size, size), *size)[0]) for camera in path)
+    out = args.out or os.path.join(args.run, "render.mp4" if args.path == "orbit" else "render_test")
+    start = time.perf_counter()
+    out = write_frames(out, frames, len(path))
+    seconds = (time.perf_counter() - start) / len(path)
+    print(f"{len(path)} frames of {size[0]}x{size[1]} in {out}, {seconds:.2f} s a frame on {arch} ({device})")
+
+
+def command_eval(args):
+    """tinynerf.py eval: measure a run folder's model on the held-out views again; changes nothing."""
+    arch, device = start_taichi(args.arch)
+    m, info, _ = load_model(args.run, "cpu" if arch == "cpu" else "gpu")
+    _, views, split = load_scene(args.scene or info["scene"], info["downscale"])
+    metrics = measure(m, views)
+    print(f"{metrics['psnr']:.2f} dB, SSIM {metrics['ssim']:.4f} on {metrics['n_views']} views ({split}, white background, "
+          f"{views.width}x{views.height}), {metrics['render_seconds_per_view']:.2f} s a view on {arch} ({device})")
+
+
+def parse_args(argv):
+    """The command line as a namespace; UserError for what does not parse."""
+    class Parser(argparse.ArgumentParser):
+        def error(self, message):
+            raise UserError(message, f"see {self.prog} --help")
+
+    def positive(kind):
+        def parse(text):
+            value = kind(text)
+            if not 0 < value < 1e9:
+                raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+            return value
+        return parse
+
+    def size(text):
+        match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text)
+        if not match or not int(match[1]) or not int(match[2]):
+            raise argparse.ArgumentTypeError(f"{text} is not a size like 800x600")
+        return int(match[1]), int(match[2])
+
+    parser = Parser(prog="tinynerf.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="train | render | eval")
+    parser_train = commands.add_parser("train", help="train on a scene and leave a run folder")
+    parser_train.add_argument("scene", help="folder with transforms_train.json and images")
+    parser_train.add_argument("--out", help="run folder (default: the next free runs/SCENE)")
+    length = parser_train.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=positive(int), help="train for so many steps; repeats exactly on a CPU")
+    length.add_argument("--seconds", type=positive(float), help="train for so long (default on a CPU: 90)")
+    parser_train.add_argument("--downscale", type=positive(int), default=1, metavar="K", help="average KxK pixels")
+    parser_train.add_argument("--seed", type=int, default=0, help="of every random number")
+    parser_train.add_argument("--overwrite", action="store_true", help="replace the run folder --out if it exists")
+    parser_render = commands.add_parser("render", help="render a trained model")
+    parser_render.add_argument("run", help="run folder")
+    parser_render.add_argument("--path", choices=("orbit", "test"), default="orbit", help="which cameras")
+    parser_render.add_argument("--frames", type=positive(int), help="how many (default: 120, or all test views)")
+    parser_render.add_argument("--size", type=size, metavar="WxH", help="image size (default: the training images')")
+    parser_render.add_argument("--out", help=".mp4, .gif or a folder for PNGs (default: in the run folder)")
+    parser_eval = commands.add_parser("eval", help="measure a trained model on its held-out views")
+    parser_eval.add_argument("run", help="run folder")
+    parser_eval.add_argument("--scene", help="folder of the scene, if it has moved")
+    for command in (parser_train, parser_render, parser_eval):
+        command.add_argument("--arch", choices=("auto", "cpu", "cuda", "vulkan", "metal"), default="auto")
+    return parser.parse_args(argv)
+
+
+def main(argv=None):
+    """Run a command; returns the exit code: 0, or 2 for a mistake of the user."""
+    try:
+        args = parse_args(argv)
+        {"train": command_train, "render": command_render, "eval": command_eval}[args.command](args)
+    except UserError as error:
+        print(f"tinynerf: {error}\n          {error.hint}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
