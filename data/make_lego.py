@@ -1,14 +1,12 @@
 """Ray trace the scene tinynerf ships with: a brick-built excavator on a studded plate.
 
-`python data/make_lego.py [--out data/lego]` writes 125 views (3 minutes on 2 CPU cores) laid out as
-NeRF-synthetic scenes are: RGBA PNGs (straight alpha, sRGB), per view a 4x4 camera-to-world matrix
-(OpenGL: the camera looks down -z, y up), world z up. All samples use one fixed pattern: no noise,
-the same images each time. Each image is reduced to its own 128 colours, about 41 dB from the full
-render and so far below the error of a NeRF, for a folder under 6 MB. The scene's licence is MIT.
+`python data/make_lego.py [--out data/lego]` writes 125 views (2 minutes on 2 CPU cores) laid out as NeRF-synthetic
+scenes are: RGBA PNGs (straight alpha, sRGB), per view a 4x4 camera-to-world matrix (OpenGL: the camera looks down -z,
+y up), world z up. All samples use one fixed pattern: no noise, the same images each time. Each image is reduced to its
+own 128 colours, some 41 dB from the full render, far below a NeRF's error, for under 6 MB. The scene's licence: MIT.
 """
 import argparse
 import json
-import struct
 import zlib
 from math import asin, cos, hypot, pi, radians, sin, sqrt
 from pathlib import Path
@@ -16,22 +14,20 @@ from pathlib import Path
 import numpy as np
 import taichi as ti
 from PIL import Image
+from taichi.math import mat3, mat4, mix, sign, smoothstep, vec2, vec3, vec4
 
 SIZE, ANGLE_X, DISTANCE, PALETTE = 400, 0.6911112070083618, 4.03, 128
 STUD, GROUND = 0.072, -0.37  # world units from stud to stud; world z of the plate's top
 SAMPLES = 21  # per pixel, a Fibonacci lattice: frac(k / 21), frac(13 k / 21)
 FAR, EPS = 1e9, 1e-3  # studs
 BOX, CYLINDER = 0, 1
-COLOURS = dict(yellow="f4b41a", orange="ee7420", red="c4281c", blue="2a5caa", white="f2f0e8",
-               light="a3a6a8", dark="565a5e", black="26282b", tan="d8c08c", sand="b99a62",
-               brown="6e4526", green="4f9440", lime="86b84a")
-vec3, vec4 = ti.math.vec3, ti.math.vec4
-Prim = ti.types.struct(kind=ti.i32, centre=vec3, half=vec3, axes=ti.math.mat3, colour=vec3,
-                       bore=ti.f32, stripes=vec3)
+COLOURS = dict(yellow="f4b41a", sand="b99a62", red="c4281c", blue="2a5caa", white="f2f0e8", tan="d8c08c", dark="565a5e",
+               light="a3a6a8", black="26282b", orange="ee7420", brown="6e4526", green="4f9440", lime="86b84a")
+Prim = ti.types.struct(kind=ti.i32, centre=vec3, half=vec3, axes=mat3, colour=vec3, bore=ti.f32, stripes=vec3)
 Node = ti.types.struct(lo=vec3, hi=vec3, skip=ti.i32, prim=ti.i32)
 
 
-def frame(y, x):
+def frame(x, y):
     """Rotation (3, 3) whose rows are local axes: y along `y`, x as near to `x` as it can be."""
     y = np.divide(y, np.linalg.norm(y))
     x = x - np.dot(x, y) * y
@@ -39,139 +35,108 @@ def frame(y, x):
     return np.array([x, y, np.cross(x, y)])
 
 
-class Scene:
-    """A list of boxes and cylinders in studs, z up; the plate's top is z = 0."""
-
-    def __init__(self):
-        self.rows = []
+class Scene(list):
+    """Boxes and cylinders, as rows for Prim, in studs, z up; the plate's top is z = 0."""
 
     def place(self, origin, turn=0, tilt=0):
         """What follows is built at `origin`, tilted about y and then turned about z (degrees)."""
         a, b, self.origin = radians(turn), radians(tilt), origin
-        self.axes = frame((-sin(a), cos(a), 0), (cos(a) * cos(b), sin(a) * cos(b), -sin(b)))
+        self.axes = frame((cos(a) * cos(b), sin(a) * cos(b), -sin(b)), (-sin(a), cos(a), 0))
 
-    def add(self, kind, centre, half, colour, axes=np.eye(3), bore=0, stripes=(0, 0, 0)):
-        """One primitive; a cylinder stands along local y, half = (radius, half length, radius).
-        bore: radius of holes along y, one in a cylinder, one every stud from end to end of a box.
-        stripes: black where floor(stripes . local point) is odd."""
-        colour = (np.array([*bytes.fromhex(COLOURS[colour])]) / 255) ** 2.2
-        self.rows.append((kind, centre @ self.axes + self.origin, half, axes @ self.axes, colour,
-                          bore, stripes))
+    def add(self, kind, centre, half, colour, x=(1, 0, 0), y=(0, 1, 0), bore=0, stripes=(0, 0, 0), n=1, step=(0, 0, 0)):
+        """n primitives, each `step` on from the last, with the axes frame(x, y); a cylinder stands along y, its half is
+        (radius, half length, radius). bore: radius of holes along y, one in a cylinder, one every stud from end to end
+        of a box. stripes: black where floor(stripes . local point) is odd."""
+        axes, colour = frame(x, y) @ self.axes, (np.array([*bytes.fromhex(COLOURS[colour])]) / 255) ** 2.2
+        for at in centre + np.outer(range(n), step):
+            self.append((kind, at @ self.axes + self.origin, half, axes, colour, bore, stripes))
 
-    def box(self, x, y, z, sx, sy, sz, colour, **more):
+    def box(self, corner, size, colour, **more):
         """Box by its lowest corner and its size."""
-        half = np.array((sx, sy, sz)) / 2
-        self.add(BOX, half + (x, y, z), half, colour, **more)
+        self.add(BOX, corner + np.divide(size, 2), np.divide(size, 2), colour, **more)
 
-    def rod(self, a, b, radius, colour, bore=0):
-        """Cylinder from point `a` to point `b`; a tube if it has a bore."""
-        y = np.subtract(b, a)
-        half = (radius, np.linalg.norm(y) / 2, radius)
-        self.add(CYLINDER, a + y / 2, half, colour, frame(y, (0.3, 0.5, 0.8)), bore)
+    def rod(self, a, d, r, colour, bore=0, **more):
+        """Cylinder of radius r from point `a` to a + d; a tube if it has a bore."""
+        self.add(CYLINDER, a + np.divide(d, 2), (r, np.linalg.norm(d) / 2, r), colour, (0.3, 0.5, 0.8), d, bore, **more)
 
     def bricks(self, x, y, z, nx, ny, colour, layers=1, height=1.2, studs=True):
         """Block of 2 x 2 bricks (narrower at the end of an odd side) with studs on top."""
         for k, u, v in np.ndindex(layers, (nx + 1) // 2, (ny + 1) // 2):
-            self.box(x + 2 * u, y + 2 * v, z + k * height, min(2, nx - 2 * u), min(2, ny - 2 * v),
-                     height, colour)
+            self.box((x + 2 * u, y + 2 * v, z + k * height), (min(2, nx - 2 * u), min(2, ny - 2 * v), height), colour)
         for u, v in np.ndindex(nx * studs, ny):
-            at = np.array((x + u + 0.5, y + v + 0.5, z + layers * height))
-            self.rod(at, at + (0, 0, 0.22), 0.3, colour)
+            self.rod((x + u + 0.5, y + v + 0.5, z + layers * height), (0, 0, 0.22), 0.3, colour)
 
-    def beam(self, a, b, y, width=0.8):
-        """Round-ended beam with a hole every stud, from a = (x, z) to b, whole studs away."""
-        n = float(round(hypot(*np.subtract(b, a))))
+    def beams(self, a, b, y, gap, width=0.8):
+        """Round-ended beams at y - gap and y + gap, a hole every stud, from a = (x, z) to b, whole studs away."""
+        n = round(hypot(*np.subtract(b, a)))
         dx, dz = np.subtract(b, a) / n
         for kind, k, half in ((CYLINDER, 0, 0.45), (BOX, n / 2, n / 2), (CYLINDER, n, 0.45)):
-            self.add(kind, (a[0] + k * dx, y, a[1] + k * dz), (half, width / 2, 0.45), "yellow",
-                     frame((0, 1, 0), (dx, 0, dz)), bore=0.27)
-
-    def piston(self, p, q, y):
-        """Hydraulic cylinder between p and q = (x, z): a thick barrel and a thin rod."""
-        for u, radius, colour in ((0.6, 0.3, "dark"), (1, 0.13, "light")):
-            end = p + u * np.subtract(q, p)
-            self.rod((p[0], y, p[1]), (end[0], y, end[1]), radius, colour)
-
-
-def track(s, y):
-    """Caterpillar of 40 separate links around spoked wheels, with holed beams between."""
-    for k in range(40):  # over the top and round a wheel; the way back is its point reflection
-        side, u = 1 - 2 * (k % 2), k // 2 * (10 + 1.8 * pi) / 20
-        a = max(0, u - 10) / 1.8
-        along, out = side * np.array(((cos(a), 0, -sin(a)), (sin(a), 0, cos(a))))
-        at, axes = 1.8 * out + (side * (min(u, 10) - 5), y, 0), frame((0, 1, 0), along)
-        s.add(BOX, at + 0.3 * out, (0.1, 1.48, 0.14), "black", axes)
-        for dy in (-0.8, 0.8):
-            s.add(BOX, at + (0, dy, 0) + 0.1 * out, (0.31, 0.68, 0.13), "dark", axes)
-    for x, z, r in [(-5, 0, 1.68), (5, 0, 1.68)] + [(2 * k - 3, -0.9, 0.85) for k in range(4)]:
-        s.rod((x, y - 1.1, z), (x, y + 1.1, z), r, "dark", 0.76 * r)
-        s.rod((x, y - 1.1, z), (x, y + 1.1, z), 0.36 * r, "light", 0.16 * r)
-        for a in np.arange(6) * pi / 3:
-            d, half = np.array((cos(a), 0, sin(a))), (0.25 * r, 0.8, 0.1 * r)
-            s.add(BOX, 0.58 * r * d + (x, y, z), half, "yellow", frame((0, 1, 0), d))
-    for dy in (-1.25, 1.25):
-        s.beam((-4, 0.55), (4, 0.55), y + dy, 0.4)
+            self.add(kind, (a[0] + k * dx, y - gap, a[1] + k * dz), (half, width / 2, 0.45), "yellow", (dx, 0, dz),
+                     bore=0.27, n=2, step=(0, 2 * gap, 0))
 
 
 def excavator(s, mid=-1.5):
     """Tracks with a dozer blade; on them, turned, the house and the arm (in the plane y = mid)."""
+    for y in (-4.6, 4.6):  # two tracks of 40 separate links around spoked wheels
+        s.place((-2, y, 2.3))
+        for k in range(40):  # over the top and round a wheel; the way back is its point reflection
+            side, u = 1 - 2 * (k % 2), k // 2 * (10 + 1.8 * pi) / 20
+            a = max(0, u - 10) / 1.8
+            along, out = side * np.array(((cos(a), 0, -sin(a)), (sin(a), 0, cos(a))))
+            at = 1.8 * out + (side * (min(u, 10) - 5), 0, 0)
+            s.add(BOX, at + 0.3 * out, (0.1, 1.48, 0.14), "black", along)
+            s.add(BOX, at + 0.1 * out - (0, 0.8, 0), (0.31, 0.68, 0.13), "dark", along, n=2, step=(0, 1.6, 0))
+        for x, z, r in [(-5, 0, 1.68), (5, 0, 1.68)] + [(2 * k - 3, -0.9, 0.85) for k in range(4)]:
+            s.rod((x, -1.1, z), (0, 2.2, 0), r, "dark", 0.76 * r)
+            s.rod((x, -1.1, z), (0, 2.2, 0), 0.36 * r, "light", 0.16 * r)
+            for d in [np.array((cos(a), 0, sin(a))) for a in np.arange(6) * pi / 3]:
+                s.add(BOX, 0.58 * r * d + (x, 0, z), (0.25 * r, 0.8, 0.1 * r), "yellow", d)
+        s.beams((-4, 0.55), (4, 0.55), 0, 1.25, 0.4)
     s.place((-2, 0, 2.3))
     s.bricks(-4, -3, 0, 8, 6, "dark")
-    s.rod((0, 0, 1.2), (0, 0, 2.7), 2.5, "black")
-    for side in (-1, 1):
-        track(s, 4.6 * side)
-        s.beam((4, 0.6), (8.85, -0.6), 2.4 * side)
-    s.box(8.9, -6.5, -1.5, 0.5, 13, 2.6, "yellow", stripes=(1.1, 1.1, 1.1))
-    for k in range(13):
-        s.box(8.9, k - 6.45, -2.1, 0.65, 0.9, 0.6, "light")
+    s.rod((0, 0, 1.2), (0, 0, 1.5), 2.5, "black")
+    s.beams((4, 0.6), (8.85, -0.6), 0, 2.4)
+    s.box((8.9, -6.5, -1.5), (0.5, 13, 2.6), "yellow", stripes=(1.1, 1.1, 1.1))
+    s.box((8.9, -6.45, -2.1), (0.65, 0.9, 0.6), "light", n=13, step=(0, 1, 0))
     s.place((-2, 0, 5), turn=18)
-    for block in ((-8, -4, 0, 12, 8, "dark", 1, 0.4), (-8, -4, 0.4, 3, 8, "dark", 2),
-                  (-5, -3, 0.4, 5, 6, "black", 2), (-5, -4, 2.8, 5, 8, "yellow"),
-                  (0, -4, 0.4, 4, 1, "yellow"), (0, 0, 0.4, 4, 4, "yellow"),
+    for block in ((-8, -4, 0, 12, 8, "dark", 1, 0.4), (-8, -4, 0.4, 3, 8, "dark", 2), (-5, -3, 0.4, 5, 6, "black", 2),
+                  (-5, -4, 2.8, 5, 8, "yellow"), (0, -4, 0.4, 4, 1, "yellow"), (0, 0, 0.4, 4, 4, "yellow"),
                   (0.2, 1.5, 1.6, 2, 2, "blue"), (-0.5, 0.5, 5.8, 5, 4, "yellow", 1, 0.4)):
         s.bricks(*block)
-    s.box(-8.12, -4, 0.6, 0.12, 8, 1.2, "yellow", stripes=(1.6, 1.6, 1.6))
-    for y in (-3, -1, 1, 3):  # the hood falls to the rear
-        s.add(BOX, (-6.5, y, 3.25), (1.62, 1, 0.4), "yellow", frame((0, 1, 0), (1, 0, 0.45)))
-    for y in (-4, 3):  # grilles before the black wall, handrails above them
-        for k in range(10):
-            s.box(-5, y + 0.1, 0.5 + 0.24 * k, 4.6, 0.8, 0.1, "light")
-        for x in (-4.8, -2.5, -0.2):
-            s.box(x - 0.2, y, 0.4, 0.4, 1, 2.4, "yellow")
-            s.rod((x, y + 0.5, 4), (x, y + 0.5, 5.3), 0.08, "black")
-        s.rod((-4.8, y + 0.5, 5.3), (-0.2, y + 0.5, 5.3), 0.08, "black")
-    for x, y in np.ndindex(3, 2):  # cab: posts, bars across the open windows
-        s.box(1.85 * x, 1 + 2.7 * y, 1.6, 0.3, 0.3, 4.2, "black")
-        s.box(0, 1.05 + 2.7 * y, 2.9 + 0.8 * x, 4, 0.18, 0.18, "black")
-    for x, y, z, top, r, colour in ((-3.5, -2, 4, 5.6, 0.4, "light"), (-2, -2, 4, 6, 0.3, "black"),
-                                    (1, 1, 6, 7, 0.3, "orange"), (0, 4, 6, 9.8, 0.07, "black")):
-        s.rod((x, y, z), (x, y, top), r, colour, 0.7 * r * (z == 4))
-    a, b, c, d, top = np.array(((1.5, 1.6), (4.75, 8.9), (10.6, 10.2), (11.6, 3.2), (9.7, 12)))
-    for side in (-1, 1):
-        for p, q in ((a, b), (b, c), (top, d)):
-            s.beam(p, q, mid + side)
-        s.piston((3.7, 0.9), a + 0.66 * (b - a), mid + 1.75 * side)
-    s.piston(b + (0.2, 1.0), top, mid)
-    s.piston(c + (1.0, -0.6), d + (1.1, -0.5), mid)
-    for x, z in (a, b, c, d, top):
-        s.rod((x, mid - 1.6, z), (x, mid + 1.6, z), 0.24, "red", 0.12)
-    for p, q in ((a, b), (b, c), (c, d)):  # zigzag of thin rods between the beams
-        knots = [np.insert(p + (q - p) * k / 14, 1, mid + 0.6 * (-1) ** k) for k in range(15)]
-        for knot, following in zip(knots, knots[1:]):
-            s.rod(knot, following, 0.075, "dark")
+    s.box((-8.12, -4, 0.6), (0.12, 8, 1.2), "yellow", stripes=(1.6, 1.6, 1.6))
+    s.add(BOX, (-6.5, -3, 3.25), (1.62, 1, 0.4), "yellow", (1, 0, 0.45), n=4, step=(0, 2, 0))  # sloping hood
+    for y, v in ((-4, 1), (3, 3.7)):  # grilles before the black wall, handrails; posts and bars of the open cab
+        s.box((-5, y + 0.1, 0.5), (4.6, 0.8, 0.1), "light", n=10, step=(0, 0, 0.24))
+        s.box((-5, y, 0.4), (0.4, 1, 2.4), "yellow", n=3, step=(2.3, 0, 0))
+        s.rod((-4.8, y + 0.5, 4), (0, 0, 1.3), 0.08, "black", n=3, step=(2.3, 0, 0))
+        s.rod((-4.8, y + 0.5, 5.3), (4.6, 0, 0), 0.08, "black")
+        s.box((0, v, 1.6), (0.3, 0.3, 4.2), "black", n=3, step=(1.85, 0, 0))
+        s.box((0, v + 0.05, 2.9), (4, 0.18, 0.18), "black", n=3, step=(0, 0, 0.8))
+    for x, y, z, height, r, colour in ((-3.5, -2, 4, 1.6, 0.4, "light"), (-2, -2, 4, 2, 0.3, "black"),
+                                       (1, 1, 6, 1, 0.3, "orange"), (0, 4, 6, 3.8, 0.07, "black")):
+        s.rod((x, y, z), (0, 0, height), r, colour, 0.7 * r * (z == 4))
+    a, b, c, d, e = joints = np.array(((1.5, 1.6), (4.75, 8.9), (10.6, 10.2), (11.6, 3.2), (9.7, 12)))  # (x, z)
+    for x, z in joints:
+        s.rod((x, mid - 1.6, z), (0, 3.2, 0), 0.24, "red", 0.12)
+    for p, q in ((a, b), (b, c), (e, d)):
+        s.beams(p, q, mid, 1)
+    for p, q, y in (((3.7, 0.9), a + 0.66 * (b - a), 1.75), (b + (0.2, 1), e, 0), (c + (1, -0.6), d + (1.1, -0.5), 0)):
+        for u, r, colour in ((0.6, 0.3, "dark"), (1, 0.13, "light")):  # a piston's barrel and its rod; two by the boom
+            s.rod(np.insert(p, 1, mid - y), np.insert(u * (q - p), 1, 0), r, colour, n=1 + (y > 0), step=(0, 2 * y, 0))
+    for p, q in zip(joints, joints[1:4]):  # zigzag of thin rods between the beams
+        for k, y in enumerate((0.6, -0.6) * 7):
+            s.rod(np.insert(p + (q - p) * k / 14, 1, mid + y), np.insert((q - p) / 14, 1, -2 * y), 0.075, "dark")
     x, z = d + (0.3, -1.9)
-    for turn in np.radians(range(-100, 126, 25)):  # the bucket: a fan of back and side plates
-        out = np.array((cos(turn), 0, sin(turn)))
-        for r, y, hx, hy in ((1.75, 0, 0.12, 2), (1, 1.9, 0.8, 0.1), (1, -1.9, 0.8, 0.1)):
-            s.add(BOX, (x, mid + y, z) + r * out, (hx, hy, 0.38), "dark", frame((0, 1, 0), out))
-    for k in range(5):
-        s.box(x - 1.5, mid - 1.95 + 0.85 * k, z - 1.84, 1, 0.5, 0.25, "light")
+    for out in [np.array((cos(a), 0, sin(a))) for a in np.radians(range(-100, 126, 25))]:  # bucket: back, side plates
+        s.add(BOX, (x, mid, z) + 1.75 * out, (0.12, 2, 0.38), "dark", out)
+        s.add(BOX, (x, mid - 1.9, z) + out, (0.8, 0.1, 0.38), "dark", out, n=2, step=(0, 3.8, 0))
+    s.box((x - 1.5, mid - 1.95, z - 1.84), (1, 0.5, 0.25), "light", n=5, step=(0, 0.85, 0))
 
 
 def site(s, rng):
     """Plate of 28 x 22 studs, sand and grass, with cones, a barrier and a heap of loose bricks."""
     s.place((0, 0, 0))
-    s.box(-14, -11, -0.7, 28, 22, 0.4, "dark")
+    s.box((-14, -11, -0.7), (28, 22, 0.4), "dark")
     for x, y in np.ndindex(28, 22):
         edge, r = x in (0, 27) or y in (0, 21), (x / 12.5 - 1.1) ** 4 + (y / 9.5 - 1.1) ** 4
         pair = ("lime", "green") if r > 0.75 + 0.4 * sin(x) else ("sand", "tan")
@@ -180,45 +145,34 @@ def site(s, rng):
     for k in range(5):  # stack of bricks
         s.bricks(k // 2 - 10, 8, k * 1.2, 5 - k, 2, ("red", "white", "blue")[k % 3])
     for k in range(10):  # barrier and cones
-        s.box(1.2 * k - 8, -9.9, 0, 0.3, 0.3, 3.4, "dark")
-        for z in (1.1, 2.4):
-            s.box(1.2 * k - 8, -10.2, z, 1.2, 0.3, 0.8, ("red", "white")[k % 2])
+        s.box((1.2 * k - 8, -9.9, 0), (0.3, 0.3, 3.4), "dark")
+        s.box((1.2 * k - 8, -10.2, 1.1), (1.2, 0.3, 0.8), ("red", "white")[k % 2], n=2, step=(0, 0, 1.3))
         for x, y in ((11.5, -2.5), (11.5, -7.5), (4.5, -8.5), (-2.5, 9.5), (4.5, 9.5)):
-            s.rod((x, y, 0.25 * k), (x, y, 0.25 * k + 0.45), 0.7 - 0.06 * k if k else 1,
-                  "white" if k in (3, 4, 7) else "orange")
-    for x, y in rng.normal(size=(70, 2)) * (1.3, 1.9):
+            s.rod((x, y, k / 4), (0, 0, 0.45), 0.7 - 0.06 * k if k else 1, "white" if k in (3, 4, 7) else "orange")
+    for x, y in rng.normal(size=(70, 2)) * (1.3, 1.9):  # the heap
         z = 0.2 + max(0.1, 2.8 - 0.9 * hypot(x, y)) * rng.random()
-        s.place((10 + x, 3.6 + y, z), rng.uniform(0, 360), rng.uniform(-25, 25))
+        s.place((10 + x, 3.6 + y, z), turn=rng.uniform(0, 360), tilt=rng.uniform(-25, 25))
         colour = ("brown", "sand", "light", "red", "blue", "white")[rng.integers(6)]
         s.bricks(-0.5, -0.5, 0, rng.integers(1, 3), 1, colour, 1, 0.8)
 
 
 def build():
-    """The scene as two taichi fields: primitives, and the tree of their bounding boxes in depth
-    first order, each node with the one to go on from if a ray misses it."""
-    s, nodes, fields = Scene(), [], []
+    """Yield two taichi fields: primitives; the tree of their bounds, depth first (skip: where a ray goes on a miss)."""
+    s, nodes = Scene(), []
     excavator(s)
     site(s, np.random.default_rng(7))
-    centre, half, axes = (np.array(c) for c in list(zip(*s.rows))[1:4])
-    reach = np.einsum("nij,ni->nj", abs(axes), half) + 0.002
-
-    def add_node(ids):
-        """Append the node of primitives `ids`, then its subtree."""
-        at, middle = len(nodes), centre[ids]
-        nodes.append(None)
-        if len(ids) > 1:
-            order = np.argsort(middle[:, np.ptp(middle, axis=0).argmax()], kind="stable")
-            for part in np.array_split(ids[order], 2):
-                add_node(part)
-        nodes[at] = ((middle - reach[ids]).min(0), (middle + reach[ids]).max(0), len(nodes),
-                     ids[0] if len(ids) == 1 else -1)
-
-    add_node(np.arange(len(centre)))
-    for kind, rows in ((Prim, s.rows), (Node, nodes)):
-        fields.append(kind.field(shape=len(rows)))
-        fields[-1].from_numpy({k: np.array(c, "i4" if k in ("kind", "skip", "prim") else "f4")
-                               for k, c in zip(fields[-1].keys, zip(*rows))})
-    return fields
+    centre, half, axes = (np.array(c) for c in list(zip(*s))[1:4])
+    reach, parts = np.einsum("nij,ni->nj", abs(axes), half) + 0.002, [np.arange(len(s))]
+    while parts:  # a part of n primitives becomes a subtree of 2 n - 1 nodes
+        ids = parts.pop()
+        n, x, r = len(ids), centre[ids], reach[ids]
+        nodes.append(((x - r).min(0), (x + r).max(0), len(nodes) + 2 * n - 1, ids[0] if n == 1 else -1))
+        if n > 1:  # halve it along its longest side
+            parts += np.array_split(ids[np.argsort(x[:, np.ptp(x, axis=0).argmax()], kind="stable")], 2)[::-1]
+    for kind, rows in ((Prim, s), (Node, nodes)):
+        field, dtypes = kind.field(shape=len(rows)), dict(kind="i4", skip="i4", prim="i4")
+        field.from_numpy({k: np.array(c, dtypes.get(k, "f4")) for k, c in zip(field.keys, zip(*rows))})
+        yield field
 
 
 @ti.func
@@ -228,18 +182,16 @@ def enter(p, o, d):
     for k in ti.static(range(3)):
         if p.kind == BOX or k == 1:
             speed = d[k] if abs(d[k]) > 1e-9 else 1e-9
-            near = -o[k] / speed - p.half[k] / abs(speed)
-            t1 = min(t1, -o[k] / speed + p.half[k] / abs(speed))
+            middle, reach = -o[k] / speed, p.half[k] / abs(speed)
+            near, t1 = middle - reach, min(t1, middle + reach)
             if near > t0:
-                t0, n = near, vec3(0)
-                n[k] = -ti.math.sign(speed)
+                t0, n = near, -sign(speed) * ti.Vector.unit(3, k)
     a, b = max(d.x * d.x + d.z * d.z, 1e-12), o.x * d.x + o.z * d.z
     if p.kind == CYLINDER:  # without a root take 0: nothing of t0..t1 is left
         root = ti.sqrt(max(b * b - a * (o.x * o.x + o.z * o.z - p.half.x ** 2), 0))
-        t1 = min(t1, (-b + root) / a)
-        if (-b - root) / a > t0:
-            t0 = (-b - root) / a
-            n = vec3(o.x + t0 * d.x, 0, o.z + t0 * d.z)
+        near, t1 = (-b - root) / a, min(t1, (-b + root) / a)
+        if near > t0:
+            t0, n = near, vec3(o.x + near * d.x, 0, o.z + near * d.z)
     start = max(t0, EPS)
     if p.bore > 0 and start < t1:  # from within a hole: to its wall, or out at its other end
         q = o + start * d
@@ -257,9 +209,8 @@ def trace(prims, nodes, o, d, reach, any_hit):
     inv = 1 / ti.select(abs(d) > 1e-9, d, vec3(1e-9))
     best, which, normal, k = reach, -1, vec3(0), 0
     while k < nodes.shape[0] and not (any_hit and which >= 0):
-        node = nodes[k]
+        node, k = nodes[k], k + 1
         ta, tb = (node.lo - o) * inv, (node.hi - o) * inv
-        k += 1
         if max(0.0, ti.min(ta, tb).max()) > min(best, ti.max(ta, tb).min()):
             k = node.skip
         elif node.prim >= 0:
@@ -272,24 +223,22 @@ def trace(prims, nodes, o, d, reach, any_hit):
 
 @ti.func
 def shade(prims, nodes, i, x, d, n_local, u, v):
-    """Linear colour of primitive i at point x seen along d; u, v in 0..1 choose this sample's
-    directions to the sun (a small disc) and for occlusion (the cosine lobe about the normal)."""
+    """Linear colour of primitive i at x seen along d; u, v in 0..1 choose directions to the sun's disc and the sky."""
     p = prims[i]
     q, n = p.axes @ (x - p.centre), (p.axes.transpose() @ n_local).normalized()
     e = p.half - abs(q)  # near an edge of a box two of these are small: a seam; studs have rings
     groove = p.bore == 0 and e.sum() - e.max() < min(0.06, 0.3 * p.half.min())
     if p.kind == CYLINDER:
         groove = abs(n_local.y) > 0.5 and 0.43 < q.xz.norm() / p.half.x < 0.63
-    stripe = ti.floor(q.dot(p.stripes)) % 2 == 1
-    colour = p.colour * (0.05 if stripe else 0.35 if groove else 1.0)
+    colour = p.colour * (0.05 if ti.floor(q.dot(p.stripes)) % 2 == 1 else 0.35 if groove else 1.0)
     s = n.cross(vec3(1, 0, 0) if abs(n.x) < 0.6 else vec3(0, 1, 0)).normalized()
     around = ti.cos(2 * pi * u) * s + ti.sin(2 * pi * u) * n.cross(s)
-    away, start = ti.sqrt(1 - v) * n + ti.sqrt(v) * around, x + 0.004 * n
+    away, start = ti.sqrt(1 - v) * n + ti.sqrt(v) * around, x + 0.004 * n  # a cosine lobe about n
     open_sky = 0.2 if trace(prims, nodes, start, away, 5.0, True)[1] >= 0 else 1.0
-    light = open_sky * ti.math.mix(vec3(0.28, 0.25, 0.2), vec3(0.5, 0.56, 0.64), 0.5 + 0.5 * n.z)
+    light = open_sky * mix(vec3(0.28, 0.25, 0.2), vec3(0.5, 0.56, 0.64), 0.5 + 0.5 * n.z)
     cosine = max(0.0, -n.dot(d))
-    mirrored = ti.math.smoothstep(-0.2, 0.8, d.z + 2 * cosine * n.z)  # brightness of the sky
-    gloss = open_sky * (0.04 + 0.5 * (1 - cosine) ** 5) * (0.25 + 0.75 * mirrored)
+    sky = 0.25 + 0.75 * smoothstep(-0.2, 0.8, d.z + 2 * cosine * n.z)  # brightness of what is mirrored
+    gloss = open_sky * (0.04 + 0.5 * (1 - cosine) ** 5) * sky
     sun = (vec3(0.46, -0.54, 0.69) + 0.03 * vec3(u - 0.5, v - 0.5, 0)).normalized()
     if n.dot(sun) > 0 and trace(prims, nodes, start, sun, FAR, True)[1] < 0:
         light += n.dot(sun) * vec3(1.05, 1.0, 0.9)
@@ -298,66 +247,50 @@ def shade(prims, nodes, i, x, d, n_local, u, v):
 
 
 @ti.kernel
-def render(prims: ti.template(), nodes: ti.template(), pose: ti.math.mat4,
-           image: ti.types.ndarray(vec4, ndim=2)):
+def render(prims: ti.template(), nodes: ti.template(), pose: mat4, image: ti.types.ndarray(vec4, ndim=2)):
     """Straight-alpha sRGB image (SIZE, SIZE) from the camera-to-world matrix `pose`."""
     for row, col in image:
         o = (pose @ vec4(0, 0, 0, 1)).xyz / STUD - vec3(0, 0, GROUND / STUD)
-        total, alpha = vec3(0), 0.0
+        total = vec4(0)  # of the samples that hit: colour, count
         for k in range(SAMPLES):
             u, v, w = [((m * k) % SAMPLES + 0.5) / SAMPLES for m in ti.static((1, 13, 8))]
             x, y = 2 * (col + u) / SIZE - 1, 1 - 2 * (row + v) / SIZE
-            d = (pose @ vec4(ti.tan(ANGLE_X / 2) * ti.math.vec2(x, y), -1, 0)).xyz.normalized()
+            d = (pose @ vec4(ti.tan(ANGLE_X / 2) * vec2(x, y), -1, 0)).xyz.normalized()
             t, i, n = trace(prims, nodes, o, d, FAR, False)
             if i >= 0:
-                total += shade(prims, nodes, i, o + t * d, d, n, v, w)
-                alpha += 1
-        image[row, col] = vec4((total / max(alpha, 1)) ** (1 / 2.2), alpha / SAMPLES)
-
-
-def cameras(split):
-    """Camera-to-world matrices (4, 4): 100 over the upper hemisphere, or 25 on a spiral."""
-    angles = [(k * pi * (3 - sqrt(5)), asin(0.025 + 0.00976 * k)) for k in range(100)]
-    if split == "test":
-        angles = [(0.4 + 0.24 * pi * k, radians(6 + 2.75 * k)) for k in range(25)]
-    for a, e in angles:
-        pose, back = np.eye(4), np.array((cos(a) * cos(e), sin(a) * cos(e), sin(e)))
-        right = (-sin(a), cos(a), 0)
-        pose[:3] = np.stack([right, np.cross(back, right), back, DISTANCE * back], 1)
-        yield pose
+                total += vec4(shade(prims, nodes, i, o + t * d, d, n, v, w), 1)
+        image[row, col] = vec4((total.xyz / max(total.w, 1)) ** (1 / 2.2), total.w / SAMPLES)
 
 
 def write_png(path, image):
-    """Save (SIZE, SIZE, 4) floats in [0, 1] as RGBA in PALETTE colours, black where clear. Rows
-    go unfiltered: so few colours deflate to half the size that Pillow's choice of filters gives."""
+    """Save (SIZE, SIZE, 4) floats in [0, 1] as RGBA in PALETTE colours, black where clear."""
     pixels = np.round(image * 255).astype(np.uint8)
-    rgb = Image.fromarray(np.ascontiguousarray(pixels[..., :3]))
-    rgb = rgb.quantize(PALETTE, Image.Quantize.MEDIANCUT, kmeans=3, dither=Image.Dither.NONE)
+    rgb = Image.fromarray(pixels[..., :3]).quantize(PALETTE, kmeans=3, dither=Image.Dither.NONE)  # from a median cut
     pixels[..., :3] = np.asarray(rgb.convert("RGB")) * (pixels[..., 3:] > 0)
-    rows = np.pad(pixels.reshape(SIZE, -1), ((0, 0), (1, 0)))  # filter type 0 before each row
-    png = b"\x89PNG\r\n\x1a\n"
-    for chunk in (b"IHDR" + struct.pack(">2I5B", SIZE, SIZE, 8, 6, 0, 0, 0),
-                  b"IDAT" + zlib.compress(rows.tobytes(), 9), b"IEND"):
-        png += struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    rows = np.pad(pixels.reshape(SIZE, -1), ((0, 0), (1, 0)))  # unfiltered (0): half the size of Pillow's filtered rows
+    png, header = b"\x89PNG\r\n\x1a\n", SIZE.to_bytes(4, "big") * 2 + bytes((8, 6, 0, 0, 0))  # 8 bits, RGBA
+    for chunk in (b"IHDR" + header, b"IDAT" + zlib.compress(rows.tobytes(), 9), b"IEND"):
+        png += (len(chunk) - 4).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big")
     path.write_bytes(png)
 
 
 def main():
-    """Render every view and write the folder."""
+    """Render all views and write the folder: 100 from over the upper hemisphere to train on, 25 on a spiral to test."""
     parser = argparse.ArgumentParser(description="Render the brick-built scene of tinynerf.")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "lego")
     out = parser.parse_args().out
     ti.init(arch=ti.cpu)
-    prims, nodes = build()
-    image = np.empty((SIZE, SIZE, 4), np.float32)
-    for split in ("train", "test"):
+    (prims, nodes), image = build(), np.empty((SIZE, SIZE, 4), np.float32)
+    for split, angles in (("train", [(k * pi * (3 - sqrt(5)), asin(0.025 + 0.00976 * k)) for k in range(100)]),
+                          ("test", [(0.4 + 0.24 * pi * k, radians(6 + 2.75 * k)) for k in range(25)])):
         (out / split).mkdir(parents=True, exist_ok=True)
-        frames = []
-        for k, pose in enumerate(cameras(split)):
+        scene = {"camera_angle_x": ANGLE_X, "frames": []}
+        for k, (a, e) in enumerate(angles):  # azimuth, elevation
+            back, right = np.array((cos(a) * cos(e), sin(a) * cos(e), sin(e))), (-sin(a), cos(a), 0)
+            pose = np.vstack([np.stack([right, np.cross(back, right), back, DISTANCE * back], 1), (0, 0, 0, 1)])
             render(prims, nodes, ti.Matrix(pose), image)
             write_png(out / split / f"r_{k}.png", image)
-            frames.append({"file_path": f"./{split}/r_{k}", "transform_matrix": pose.tolist()})
-        scene = {"camera_angle_x": ANGLE_X, "frames": frames}
+            scene["frames"].append({"file_path": f"./{split}/r_{k}", "transform_matrix": pose.tolist()})
         (out / f"transforms_{split}.json").write_text(json.dumps(scene, indent=1))
 
 
