@@ -29,6 +29,7 @@ u32buf = ti.types.ndarray(ti.u32, ndim=1)
 WIDTH = 64            # neurons of a hidden layer, and the most inputs any layer has
 OUTPUT = 16           # outputs of an MLP's last layer; the color MLP uses 3 of them
 N_FEATURES = 4        # features of a hash-table slot
+UNKNOWN = 1e9         # density of a cell that nobody has looked at yet: it counts as occupied
 END = 1 << 30         # step index of a ray that has left the box
 T_STOP = 1e-4         # a ray ends when less than this share of light reaches its next sample
 RAW_SIGMA_MAX = 15.0  # exp() is guarded above this: e^15 per box side is opaque within one step
@@ -44,9 +45,7 @@ rows16 = ti.types.ndarray(row16, ndim=1)
 STREAM_VIEW, STREAM_PIXEL, STREAM_JITTER, STREAM_BACKGROUND, STREAM_CELL, STREAM_INIT = 0, 1, 2, 3, 6, 9
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Random numbers
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Random numbers -------------------------------------------------------------------------------------------------
 
 @ti.func
 def hash_u32(x):
@@ -79,9 +78,7 @@ def fill_uniform(n: ti.i32, first: ti.i32, bound: ti.f32, seed: ti.i32, x: f32bu
         x[first + t] = bound * (2.0 * random_f32(seed, STREAM_INIT, 0, first + t) - 1.0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Rays
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Rays -----------------------------------------------------------------------------------------------------------
 
 @ti.kernel
 def pick_pixels(n_rays: ti.i32, n_views: ti.i32, view_pixels: ti.i32, seed: ti.i32, step: ti.i32, ray_pixel: i32buf):
@@ -161,9 +158,7 @@ def generate_rays(n_rays: ti.i32, width: ti.i32, height: ti.i32, near: ti.f32, s
         ray_step[r] = 0
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Occupancy grid: which of grid_size^3 cells may hold something (instant-ngp, section E.2)
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Occupancy grid: which of grid_size^3 cells may hold something (instant-ngp, section E.2)
 
 @ti.func
 def cell_of(x, resolution):
@@ -186,7 +181,7 @@ def mark_visible_cells(grid_size: ti.i32, n_views: ti.i32, width: ti.i32, height
 
     A cell counts as seen if the sphere around it touches the pyramid of view.
     camera        [n_views, 16]   in    see generate_rays
-    density_grid  [grid_size^3]   out   0 where a camera sees the cell, -1 elsewhere; x varies fastest
+    density_grid  [grid_size^3]   out   UNKNOWN where a camera sees the cell, -1 elsewhere; x varies fastest
     thread        one per cell
     """
     for t in range(grid_size * grid_size * grid_size):
@@ -213,7 +208,7 @@ def mark_visible_cells(grid_size: ti.i32, n_views: ti.i32, width: ti.i32, height
             if inside:
                 seen = 1
             view += 1
-        density_grid[t] = ti.cast(seen, ti.f32) - 1.0
+        density_grid[t] = UNKNOWN if seen == 1 else -1.0
 
 
 @ti.kernel
@@ -238,7 +233,7 @@ def place_cell_samples(n: ti.i32, first: ti.i32, grid_size: ti.i32, seed: ti.i32
 @ti.kernel
 def update_density_grid(n: ti.i32, first: ti.i32, grid_size: ti.i32, decay: ti.f32, rgb_sigma: f32buf,
                         density_grid: f32buf):
-    """A cell's density is the largest seen there, slowly forgotten: grid = max(decay grid, sigma).
+    """A cell's density is the largest seen there, slowly forgotten: grid = max(decay grid, sigma); at first, sigma.
 
     rgb_sigma     [n, 4]         in      [3] = sigma at the points of place_cell_samples
     density_grid  [grid_size^3]  in-out  cells that no camera sees stay -1
@@ -246,13 +241,16 @@ def update_density_grid(n: ti.i32, first: ti.i32, grid_size: ti.i32, decay: ti.f
     """
     for t in range(n):
         cell = scattered_cell(first + t, grid_size)
-        if density_grid[cell] >= 0.0:
-            density_grid[cell] = ti.max(decay * density_grid[cell], rgb_sigma[4 * t + 3])
+        sigma = rgb_sigma[4 * t + 3]
+        if density_grid[cell] >= UNKNOWN:
+            density_grid[cell] = sigma
+        elif density_grid[cell] >= 0.0:
+            density_grid[cell] = ti.max(decay * density_grid[cell], sigma)
 
 
 @ti.kernel
 def sum_density_grid(n_cells: ti.i32, block: ti.i32, density_grid: f32buf, block_density: f32buf):
-    """Sums towards the mean density of the cells that a camera sees, in a fixed order.
+    """Sums towards the mean density of the cells whose density is known, in a fixed order.
 
     density_grid   [n_cells]                   in
     block_density  [ceil(n_cells / block), 2]  out   sum of densities, number of cells
@@ -262,7 +260,7 @@ def sum_density_grid(n_cells: ti.i32, block: ti.i32, density_grid: f32buf, block
         total = 0.0
         number = 0.0
         for cell in range(block * t, ti.min(n_cells, block * (t + 1))):
-            if density_grid[cell] >= 0.0:
+            if 0.0 <= density_grid[cell] < UNKNOWN:
                 total += density_grid[cell]
                 number += 1.0
         block_density[2 * t] = total
@@ -305,14 +303,12 @@ def pack_occupancy(n_words: ti.i32, density_grid: f32buf, threshold: f32buf, occ
         occupancy[t] = word
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Marching: count each ray's samples, scan the counts into spans, write the samples. Two walks instead of an atomic
+# ---- Marching: count each ray's samples, scan the counts into spans, write the samples. Two walks instead of an atomic
 # counter keep the samples in ray order, so that two runs of one seed give the same bits.
-# ---------------------------------------------------------------------------------------------------------------------
 
 @ti.func
 def next_sample(origin, direction, t_first, t_last, k, step_length, grid_size, occupancy: ti.template()):
-    """The first step index >= k whose point t_first + k step_length lies in an occupied cell; END if there is none.
+    """The first step index >= k whose point t_first + k step_length `occupancy` knows as occupied; END if none is.
 
     An empty cell is left in one go, by as many whole steps as it takes, so that the points that are tested do not
     depend on the cells between them.
@@ -457,9 +453,7 @@ def write_samples(n_rays: ti.i32, limit: ti.i32, step_length: ti.f32, grid_size:
         ray_step[r] = k
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Multiresolution hash grid (Müller et al. 2022, "Instant Neural Graphics Primitives", section 3)
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Multiresolution hash grid (Müller et al. 2022, "Instant Neural Graphics Primitives", section 3)
 
 @ti.func
 def grid_slot(x, y, z, resolution, n_slots, hashed):
@@ -560,11 +554,9 @@ def hash_encode_backward(n_levels: ti.i32, n_chunks: ti.i32, counter: i32buf, le
                             ti.atomic_add(grad_table[at], w * g[c])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# MLP. A hidden layer is y = relu(x W), 64 wide; an output layer y = x W, 16 wide; neither has a bias. The weights live
+# ---- MLP. A hidden layer is y = relu(x W), 64 wide; an output layer y = x W, 16 wide; neither has a bias. The weights live
 # flat in `params`, where Adam and the files want them; before use they are copied into rows, W and its transpose.
 # grad_y of a hidden layer means "before its ReLU": whoever writes it has already set it to zero where y is zero.
-# ---------------------------------------------------------------------------------------------------------------------
 
 @ti.kernel
 def load_hidden_weights(n_in: ti.i32, first: ti.i32, params: f32buf, weight: rows64, weight_t: rows64):
@@ -728,10 +720,8 @@ def sum_partials(n_params: ti.i32, chunk: ti.i32, pitch: ti.i32, counter: i32buf
         grad_params[p] = grad_params[p] + total
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Heads: from what the MLPs put out to density and color; and the color MLP's input, where the density MLP's output
+# ---- Heads: from what the MLPs put out to density and color; and the color MLP's input, where the density MLP's output
 # meets the direction of view. Here two gradients meet on the way back: density_head_backward adds them.
-# ---------------------------------------------------------------------------------------------------------------------
 
 @ti.kernel
 def density_head_forward(counter: i32buf, geometry: rows16, rgb_sigma: f32buf):
@@ -824,9 +814,7 @@ def color_head_backward(counter: i32buf, rgb_sigma: f32buf, grad_rgb_sigma: f32b
             grad_color_raw[i][c] = rgb * (1.0 - rgb) * grad_rgb_sigma[4 * i + c]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Volume rendering (Max 1995; Mildenhall et al. 2020, "NeRF", equation 3)
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Volume rendering (Max 1995; Mildenhall et al. 2020, "NeRF", equation 3)
 
 @ti.kernel
 def composite_forward(n_rays: ti.i32, ray: f32buf, ray_span: i32buf, sample: f32buf, rgb_sigma: f32buf, pixel: f32buf,
@@ -903,9 +891,7 @@ def composite_backward(n_rays: ti.i32, ray_span: i32buf, sample: f32buf, rgb_sig
                 grad_rgb_sigma[4 * i + 3] = sample[4 * i + 3] * gain
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Loss and optimiser
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Loss and optimiser ---------------------------------------------------------------------------------------------
 
 @ti.kernel
 def loss_and_gradient(n_rays: ti.i32, random_background: ti.i32, seed: ti.i32, step: ti.i32, counter: i32buf,

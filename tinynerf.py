@@ -41,22 +41,24 @@ VERSION = "0.1"
 BOX_SIDE = 3.0                  # Blender scenes live in the box of +-1.5 around the origin
 NEAR = 0.05                     # nearest sample, in world units: nothing is seen through the lens's own fog
 N_LEVELS = 8                    # levels of the hash grid, from BASE_RESOLUTION to FINEST_RESOLUTION cells per side
-BASE_RESOLUTION, FINEST_RESOLUTION = 16, 2048
+BASE_RESOLUTION, FINEST_RESOLUTION = 16, 512
 TABLE_BOUND = 1e-4              # initial table entries: U(+-1e-4)
 LEARNING_RATE, FINAL_RATE = 1e-2, 1e-3     # decays exponentially from the one to the other
 BETA_1, BETA_2, EPSILON = 0.9, 0.99, 1e-15
-DECAY = 0.95                    # of a cell's density, each time it is looked at
+EMPTY_ALPHA = 0.01              # a cell whose steps are less opaque than this counts as empty
+DECAY = 0.2                     # of a cell's density, each time it is looked at: every few hundred steps
 READ_EVERY = 16                 # steps between two looks of the host at the counters
 
 # What depends on the machine. batch: samples per step; rays: most rays in flight; table: slots per level;
-# grid: occupancy cells per side; steps_across: steps along the box's diagonal; refresh: steps between two updates of
-# the occupancy grid, `batch` cells each; block: rays per thread of the scan; chunk: samples per partial weight
-# gradient; hash_chunks: writers per level of the hash gradient.
+# grid: occupancy cells per side; train_steps, render_steps: samples along the box's diagonal (training jitters them, so
+# that coarse steps find thin parts in the mean; a picture needs finer ones); refresh: steps between two updates of the
+# occupancy grid, `batch` cells each; block: rays per thread of the scan; chunk: samples per partial weight gradient;
+# hash_chunks: writers per level of the hash gradient; seconds or steps: of a training run; frames: of its video.
 MACHINES = {
-    "cpu": dict(batch=2**15, rays=2**15, table=2**17, grid=64, steps_across=512, refresh=8, block=16, chunk=128,
-                hash_chunks=1, seconds=90, frames=60),
-    "gpu": dict(batch=2**18, rays=2**18, table=2**19, grid=128, steps_across=1024, refresh=2, block=128, chunk=512,
-                hash_chunks=2**18, steps=10000, frames=120),
+    "cpu": dict(batch=2**15, rays=2**15, table=2**16, grid=128, train_steps=256, render_steps=512, refresh=8, block=16,
+                chunk=128, hash_chunks=1, seconds=90, frames=60),
+    "gpu": dict(batch=2**18, rays=2**18, table=2**19, grid=128, train_steps=1024, render_steps=1024, refresh=2,
+                block=128, chunk=512, hash_chunks=2**18, steps=10000, frames=120),
 }
 
 # The MLPs' layers: name, inputs, outputs. Their weights lie one after the other in `params`.
@@ -72,9 +74,7 @@ class UserError(Exception):
         self.hint = hint
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Scenes
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Scenes ---------------------------------------------------------------------------------------------------------
 
 def read_image(path):
     """An image file as straight RGBA, [height, width, 4] u8; UserError if it cannot be read."""
@@ -124,10 +124,14 @@ def load_views(folder, split, downscale=1):
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not a transforms file: {type(error).__name__}: {error}",
                         "it needs camera_angle_x and frames with file_path and a 4x4 transform_matrix")
-    if not np.isfinite(poses).all() or not 0 < angle < math.pi:
-        at = np.flatnonzero(~np.isfinite(poses).all((1, 2)))
-        what = f"the pose of {names[at[0]]}" if len(at) else f"camera_angle_x = {angle}"
-        raise UserError(f"{path}: {what} is not usable", "poses must be finite, and the angle between 0 and pi")
+    rotation = poses[:, :, :3]
+    good = np.isfinite(poses).all((1, 2)) & (np.linalg.det(np.nan_to_num(rotation)) > 0)
+    good &= np.abs(rotation @ rotation.transpose(0, 2, 1) - np.eye(3)).max((1, 2)) < 1e-2      # NaN is not < either
+    if not good.all():
+        raise UserError(f"{path}: the pose of {names[good.argmin()]} is not finite or its 3x3 part is no rotation",
+                        "mend the pose or remove its frame")
+    if not 0 < angle < math.pi:
+        raise UserError(f"{path}: camera_angle_x = {angle} is not usable", "it is an angle in radians between 0 and pi")
 
     def find(name):
         for ending in ("", ".png", ".jpg", ".jpeg", ".webp"):
@@ -192,19 +196,18 @@ def over_white(rgba):
     return x[..., :3] * x[..., 3:] + 1.0 - x[..., 3:]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Model: every buffer, and the lists of launches
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Model: every buffer, and the lists of launches -----------------------------------------------------------------
 
 def level_layout(n_levels, table_slots):
     """[n_levels, 4] i32 for the hash kernels: resolution, first slot, number of slots, 1 if hashed.
 
-    Resolutions grow geometrically (instant-ngp, equation 3). A level whose (resolution + 1)^3 vertices fit into
-    table_slots is stored densely, the others are hashed into table_slots (a power of two).
+    Resolutions grow geometrically (instant-ngp, equation 3); n_levels < N_LEVELS leaves out the finest. A level whose
+    (resolution + 1)^3 vertices fit into table_slots is stored densely, the others are hashed into table_slots (a power
+    of two).
     """
     rows, first = [], 0
     for l in range(n_levels):
-        resolution = round(BASE_RESOLUTION * (FINEST_RESOLUTION / BASE_RESOLUTION) ** (l / max(n_levels - 1, 1)))
+        resolution = round(BASE_RESOLUTION * (FINEST_RESOLUTION / BASE_RESOLUTION) ** (l / (N_LEVELS - 1)))
         dense = (resolution + 1) ** 3 <= table_slots
         rows.append((resolution, first, (resolution + 1) ** 3 if dense else table_slots, 0 if dense else 1))
         first += rows[-1][2]
@@ -218,7 +221,6 @@ class Model:
         """settings: an entry of MACHINES. A model that only renders (training=False) has no gradients."""
         self.settings, self.n_levels = settings, n_levels
         n, n_rays, cells = settings["batch"], settings["rays"], settings["grid"] ** 3
-        self.step_length = math.sqrt(3.0) / settings["steps_across"]
         layout = level_layout(n_levels, settings["table"])
         n_slots = int(layout[:, 2].sum())
         self.n_entries = n_slots * k.N_FEATURES
@@ -282,10 +284,8 @@ class Model:
 
     def new(self, dtype, n):
         """A zeroed buffer of n entries."""
-        buffer = ti.ndarray(dtype, n)
-        buffer.fill(0)
         self.buffers.append((n, getattr(dtype, "n", 1)))
-        return buffer
+        return ti.ndarray(dtype, n)
 
     def buffer_mb(self):
         """Exact size of all buffers in MB (10^6 bytes); every entry is made of 4-byte numbers."""
@@ -309,15 +309,14 @@ def load_weights(m):
         k.load_output_weights(layer.first, m.params, layer.weight, layer.weight_t)
 
 
-def march(m, n_rays, limit):
+def march(m, n_rays, limit, step_length):
     """Rays to samples: at most `limit` more per ray."""
     grid, block = m.settings["grid"], m.settings["block"]
-    k.count_samples(n_rays, limit, m.step_length, grid, m.ray, m.ray_step, m.pixel, m.occupancy, m.ray_span)
+    k.count_samples(n_rays, limit, step_length, grid, m.ray, m.ray_step, m.pixel, m.occupancy, m.ray_span)
     k.sum_counts(n_rays, block, m.ray_span, m.block_start)
     k.scan_blocks(n_rays, block, m.settings["batch"], m.block_start, m.counter)
     k.claim_spans(n_rays, block, m.block_start, m.ray_span)
-    k.write_samples(n_rays, limit, m.step_length, grid, m.ray, m.ray_step, m.occupancy, m.ray_span, m.sample,
-                    m.sample_ray)
+    k.write_samples(n_rays, limit, step_length, grid, m.ray, m.ray_step, m.occupancy, m.ray_span, m.sample, m.sample_ray)
 
 
 def density_forward(m, counter):
@@ -390,16 +389,17 @@ def update_occupancy(m, n_cells, first, seed, step):
     density_forward(m, m.cell_counter)
     k.update_density_grid(n_cells, first, grid, DECAY, m.rgb_sigma, m.density_grid)
     k.sum_density_grid(grid**3, 1024, m.density_grid, m.block_density)
-    k.find_threshold(grid**3 // 1024, 0.01 / m.step_length, m.block_density, m.threshold)
+    k.find_threshold(grid**3 // 1024, EMPTY_ALPHA * m.settings["train_steps"] / math.sqrt(3.0), m.block_density, m.threshold)
     k.pack_occupancy(grid**3 // 32, m.density_grid, m.threshold, m.occupancy)
 
 
 def train_step(m, n_rays, views, seed, step, learning_rate):
     """One step on n_rays random pixels of `views` (a namespace made by upload_views). Nothing is read back."""
+    step_length = math.sqrt(3.0) / m.settings["train_steps"]
     k.pick_pixels(n_rays, views.n, views.width * views.height, seed, step, m.ray_pixel)
-    k.generate_rays(n_rays, views.width, views.height, NEAR / BOX_SIDE, m.step_length, 1, seed, step, m.ray_pixel,
+    k.generate_rays(n_rays, views.width, views.height, NEAR / BOX_SIDE, step_length, 1, seed, step, m.ray_pixel,
                     views.camera, m.ray, m.ray_step, m.pixel, m.depth)
-    march(m, n_rays, k.END)
+    march(m, n_rays, k.END, step_length)
     forward(m, n_rays)
     k.loss_and_gradient(n_rays, int(views.has_alpha), seed, step, m.counter, m.ray_pixel, views.image, m.ray_span,
                         m.pixel, m.loss, m.grad_pixel)
@@ -424,9 +424,7 @@ def upload_views(m, views):
                                  has_alpha=views.has_alpha)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Training and rendering
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Training and rendering -----------------------------------------------------------------------------------------
 
 def train(m, views, seed, steps=None, seconds=None, report=lambda **line: None):
     """Train for a number of steps, or for so many seconds of wall clock; the learning rate's schedule spans either.
@@ -448,7 +446,7 @@ def train(m, views, seed, steps=None, seconds=None, report=lambda **line: None):
     total = dict(steps=0, train_seconds=0.0, compile_seconds=time.perf_counter() - start, samples=0, rays=0,
                  rays_dropped=0)
 
-    n_rays, rays_since, seen = 256, 0, m.counter.to_numpy().view(np.uint32)
+    n_rays, rays_since, seen = min(256, m.settings["rays"]), 0, m.counter.to_numpy().view(np.uint32)
     step, progress, cell = 0, 0.0, 0
     start = time.perf_counter()
     while progress < 1.0:
@@ -486,6 +484,7 @@ def render_view(m, camera, width, height):
     camera [16] in world units, see k.generate_rays. The image is rendered in tiles of as many rays as there are
     buffers for, and a tile in waves: each takes the rays that light still gets through a few samples further.
     """
+    step_length = math.sqrt(3.0) / m.settings["render_steps"]
     n_pixels, tile = width * height, min(m.settings["rays"], m.settings["batch"] // 4)
     rgb, depth = np.empty((n_pixels, 3), np.float32), np.empty(n_pixels, np.float32)
     if not hasattr(m, "view_camera"):
@@ -494,11 +493,11 @@ def render_view(m, camera, width, height):
     for first in range(0, n_pixels, tile):
         n_rays = min(tile, n_pixels - first)
         k.list_pixels(n_rays, first, m.ray_pixel)
-        k.generate_rays(n_rays, width, height, NEAR / BOX_SIDE, m.step_length, 0, 0, 0, m.ray_pixel, m.view_camera,
-                        m.ray, m.ray_step, m.pixel, m.depth)
+        k.generate_rays(n_rays, width, height, NEAR / BOX_SIDE, step_length, 0, 0, 0, m.ray_pixel, m.view_camera, m.ray,
+                        m.ray_step, m.pixel, m.depth)
         limit, marching = 8, True
         while marching:
-            march(m, n_rays, limit)
+            march(m, n_rays, limit, step_length)
             forward(m, n_rays)
             n_samples, n_kept = m.counter.to_numpy()[:2]
             marching = n_samples > 0 or n_kept < n_rays
@@ -548,9 +547,7 @@ def evaluate(m, views, each=lambda i, rgb, depth, truth: None):
                 render_seconds_per_view=seconds / len(psnrs))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Files: the model, pictures, the video
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Files: the model, pictures, the video --------------------------------------------------------------------------
 
 def save_model(path, m, info, cameras):
     """Write everything that rendering needs to an .npz: table, params, occupancy, info (a dict, as JSON) and cameras
@@ -678,9 +675,7 @@ def write_frames(path, frames, n_frames):
     return path
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Command line
-# ---------------------------------------------------------------------------------------------------------------------
+# ---- Command line ---------------------------------------------------------------------------------------------------
 
 def start_taichi(arch):
     """Start Taichi on "cpu", "cuda", "vulkan", "metal", or the best of them ("auto"): (arch, device name).
@@ -692,7 +687,7 @@ def start_taichi(arch):
         choices.remove("vulkan")                     # no GPU: what Vulkan would find is a renderer in software
     for choice in choices:
         # Matrices as LLVM vectors: three times the speed for the weight gradients on a CPU; SPIR-V cannot take them.
-        options = dict(real_matrix_scalarize=False) if choice == "cpu" else {}
+        options = dict(real_matrix_scalarize=choice != "cpu", unrolling_limit=0)
         sys.stdout.flush()
         with tempfile.TemporaryFile("w+") as log:    # only Taichi's trace says which device it found
             saved = os.dup(1), os.dup(2)
@@ -804,7 +799,7 @@ def command_train(args):
 
     info = dict(version=VERSION, scene=os.path.abspath(args.scene), downscale=args.downscale, n_levels=m.n_levels,
                 width=train_views.width, height=train_views.height, split=split,
-                settings={name: settings[name] for name in ("table", "grid", "steps_across")})
+                settings={name: settings[name] for name in ("table", "grid", "train_steps", "render_steps")})
     save_model(os.path.join(out, "model.npz"), m, info, dict(train=train_views.camera, test=test_views.camera))
 
     metrics = measure(m, test_views, out)

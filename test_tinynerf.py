@@ -1,0 +1,1285 @@
+"""Tests of tinynerf, cheapest first: python -m pytest test_tinynerf.py   (-rA also prints every error that was reached)
+
+Each kernel is compared with a float64 NumPy model of at most ten lines, on random input that f32 holds exactly, so that
+what is left is the kernel's own rounding. Errors are relative to the largest entry of the reference. Gradients are
+compared with central differences of the float64 model (those of an f32 kernel would be good to three digits at most),
+always for a random incoming gradient: with one of all ones, swapped channels or rays would go unnoticed.
+
+The environment variable TINYNERF_ARCH (cpu, vulkan, cuda, metal) says where the kernels run.
+"""
+import inspect
+import itertools
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import types
+
+import imageio.v3 as imageio
+import numpy as np
+import pytest
+import taichi as ti
+
+import kernels as k
+import tinynerf
+
+ARCH = os.environ.get("TINYNERF_ARCH", "cpu")
+ON_CPU = ARCH == "cpu"
+HERE = os.path.dirname(os.path.abspath(__file__))
+F = k.N_FEATURES
+
+# A machine small enough for a renderer in software. The chunk is odd, so that batches do not end with one.
+TINY = dict(batch=1024, rays=512, table=2**13, grid=32, train_steps=32, render_steps=32, refresh=4, block=16,
+            chunk=100, hash_chunks=1 if ON_CPU else 512, seconds=1, steps=30, frames=3)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def taichi():
+    tinynerf.start_taichi(ARCH)
+
+
+@pytest.fixture
+def restart_taichi():
+    """For a test after which Taichi may not run, or not where it should."""
+    yield
+    tinynerf.start_taichi(ARCH)
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(1)
+
+
+@pytest.fixture
+def coarse(monkeypatch):
+    """Grid levels of 4, 8 and 16 cells: with 512 slots the first is dense and the others are hashed."""
+    monkeypatch.setattr(tinynerf, "BASE_RESOLUTION", 4)
+    monkeypatch.setattr(tinynerf, "FINEST_RESOLUTION", 4 * 2 ** (tinynerf.N_LEVELS - 1))
+    return tinynerf.level_layout(3, 512)
+
+
+def assert_close(name, got, want, rtol):
+    """Largest error relative to the largest entry of the reference, which may not be all zero."""
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    assert got.shape == want.shape, f"{name}: shape {got.shape}, expected {want.shape}"
+    largest = np.abs(want).max()
+    assert np.isfinite(got).all() and largest > 0, f"{name}: not finite, or nothing to compare with"
+    error = np.abs(got - want) / largest
+    print(f"{name:32s} error {error.max():.1e}  of {rtol:.0e}")
+    at = np.unravel_index(error.argmax(), error.shape)
+    assert error.max() < rtol, f"{name}: error {error.max():.2e} at {at}: got {got[at]:.7g}, expected {want[at]:.7g}"
+
+
+def uniform(rng, *shape, low=-1.0, high=1.0):
+    """Random float64 numbers that f32 holds exactly."""
+    return rng.uniform(low, high, shape).astype(np.float32).astype(np.float64)
+
+
+def buf(x):
+    """A NumPy array as a flat buffer."""
+    x = np.ascontiguousarray(x).ravel()
+    buffer = ti.ndarray({"f": ti.f32, "i": ti.i32, "u": ti.u32}[x.dtype.kind], x.size)
+    buffer.from_numpy(x.astype(x.dtype.kind + "4"))
+    return buffer
+
+
+def rows(x, width=k.WIDTH, rest=0.0):
+    """A NumPy array [n, up to width] as a buffer of rows, filled up with `rest`."""
+    padded = np.full((len(x), width), rest, np.float32)
+    padded[:, :x.shape[1]] = x
+    buffer = ti.ndarray(k.row64 if width == k.WIDTH else k.row16, len(x))
+    buffer.from_numpy(padded)
+    return buffer
+
+
+def count(n):
+    """A counter buffer that says n samples, n rays."""
+    return buf(np.array([n, n, 0, 0]))
+
+
+def numeric_gradient(f, x, h=1e-5):
+    """Central differences of a scalar float64 function in every entry of x."""
+    gradient = np.zeros_like(x)
+    for at in np.ndindex(x.shape):
+        d = np.zeros_like(x)
+        d[at] = h
+        gradient[at] = (f(x + d) - f(x - d)) / (2 * h)
+    return gradient
+
+
+def look_at(origin, target, focal, width, height):
+    """Camera [16] at `origin` with `target` in the middle of its image; up is z."""
+    back = np.subtract(origin, target) / np.linalg.norm(np.subtract(origin, target))
+    side = np.cross([0.0, 0.0, 1.0], back) / np.linalg.norm(np.cross([0.0, 0.0, 1.0], back))
+    pose = np.stack([side, np.cross(back, side), back, origin], 1)
+    return np.concatenate([pose.ravel(), [focal, focal, width / 2, height / 2]]).astype(np.float32).astype(np.float64)
+
+
+# ---- Random numbers -------------------------------------------------------------------------------------------------
+
+def hash_model(x):
+    """PCG's output permutation in NumPy's u32 arithmetic."""
+    state = np.atleast_1d(x).astype(np.uint32) * np.uint32(747796405) + np.uint32(2891336453)
+    word = ((state >> ((state >> 28) + np.uint32(4))) ^ state) * np.uint32(277803737)
+    return (word >> 22) ^ word
+
+
+def random_model(seed, stream, step, index):
+    """random_u32, and random_f32 as float64."""
+    u = np.zeros(1, np.uint32)
+    for number in (seed, stream, step, index):
+        u = hash_model((np.asarray(number, np.int64) & 0xFFFFFFFF).astype(np.uint32) + u)
+    return u, (u >> 8) / 2.0**24
+
+
+@pytest.mark.parametrize("seed", [0, 7, -3])
+def test_random(seed):
+    """The random numbers differ from backend to backend, or are not uniform."""
+    x, pixel = buf(np.full(4100, 9.0)), buf(np.zeros(1000, np.int32))
+    k.fill_uniform(4000, 50, 0.25, seed, x)
+    got, u = x.to_numpy(), random_model(seed, k.STREAM_INIT, 0, np.arange(50, 4050))[1]
+    assert np.array_equal(got[50:4050], 0.25 * (2 * u - 1)) and (got[:50] == 9).all() and (got[4050:] == 9).all()
+    assert abs(u.mean() - 1 / 2) < 0.02 and abs(u.var() - 1 / 12) < 0.004
+
+    k.pick_pixels(1000, 7, 35, seed, 12, pixel)
+    view = random_model(seed, k.STREAM_VIEW, 12, np.arange(1000))[0] % 7
+    at = random_model(seed, k.STREAM_PIXEL, 12, np.arange(1000))[0] % 35
+    assert np.array_equal(pixel.to_numpy(), view * 35 + at)
+    assert len(np.unique(pixel.to_numpy())) > 0.9 * 7 * 35
+
+
+# ---- Rays -----------------------------------------------------------------------------------------------------------
+
+def some_cameras(width, height, rng):
+    """Cameras around the cube and looking past it, one inside it, and one whose middle ray is parallel to an axis."""
+    around = [look_at(rng.normal(size=3) * 1.5 + 0.5, rng.uniform(0.2, 0.8, 3), 0.9 * width, width, height)
+              for _ in range(4)]
+    away = look_at([2.5, 0.4, 0.5], [2.0, 2.0, 0.5], width, width, height)
+    inside = look_at([0.3, 0.6, 0.4], [0.9, 0.1, 0.7], width, width, height)
+    straight = np.array([1, 0, 0, 0.5, 0, 1, 0, 0.25, 0, 0, 1, 2.0, width, width, width / 2, height / 2])
+    return np.array(around + [away, inside, straight])
+
+
+def make_rays(camera, width, height, near, step_length, jitter=0, seed=0, step=0):
+    """All rays of all cameras through generate_rays: ray [n, 8], ray_step, pixel, depth."""
+    n = len(camera) * width * height
+    ray_pixel, ray, ray_step = buf(np.zeros(n, np.int32)), buf(np.full(8 * n, 9.0)), buf(np.full(n, 9))
+    pixel, depth = buf(np.full(4 * n, 9.0)), buf(np.full(n, 9.0))
+    k.list_pixels(n, 0, ray_pixel)
+    k.generate_rays(n, width, height, near, step_length, jitter, seed, step, ray_pixel, buf(camera), ray, ray_step,
+                    pixel, depth)
+    return ray.to_numpy().reshape(n, 8).astype(np.float64), ray_step.to_numpy(), pixel.to_numpy(), depth.to_numpy()
+
+
+def ray_model(camera, width, height, near):
+    """Directions [n, 3] of all pixels of a camera, and where their rays enter and leave the unit cube."""
+    m, (fx, fy, cx, cy) = camera[:12].reshape(3, 4), camera[12:]
+    row, column = np.divmod(np.arange(width * height), width)
+    d = np.stack([(column + 0.5 - cx) / fx, -(row + 0.5 - cy) / fy, -np.ones(width * height)], 1) @ m[:, :3].T
+    d /= np.linalg.norm(d, axis=1, keepdims=True)
+    with np.errstate(divide="ignore"):
+        t = (np.array([0.0, 1.0])[:, None, None] - m[:, 3]) / d
+    return d, np.maximum(t.min(0).max(1), near), t.max(0).min(1)
+
+
+def test_rays(rng):
+    """Rays do not go through the centres of their pixels, or enter and leave the cube elsewhere."""
+    width, height, near, step_length = 13, 9, 0.3, 1 / 64
+    camera = some_cameras(width, height, rng)
+    ray, ray_step, pixel, depth = make_rays(camera, width, height, near, step_length)
+    want = [ray_model(c, width, height, near) for c in camera]
+    direction, t_first, t_last = (np.concatenate(part) for part in zip(*want))
+    hit = t_first < t_last
+    assert_close("ray direction", ray[:, 4:7], direction, 1e-6)
+    assert_close("ray length", np.linalg.norm(ray[:, 4:7], axis=1), np.ones(len(ray)), 1e-6)
+    assert np.array_equal(ray[:, :3], np.repeat(camera[:, 3:12:4], width * height, 0))
+    assert 50 < hit.sum() < len(hit) - 50
+    clear = np.abs(t_first + 0.5 * step_length - t_last) > 1e-5      # a ray through an edge may go either way
+    assert np.array_equal((ray[:, 3] < ray[:, 7])[clear], (t_first + 0.5 * step_length < t_last)[clear])
+    assert_close("ray entry", ray[hit, 3], t_first[hit] + 0.5 * step_length, 1e-5)
+    assert_close("ray exit", ray[hit, 7], t_last[hit], 1e-5)
+    assert (t_first[hit] == near).any() and (t_first[hit] > near).any()
+
+    middle = ray.reshape(len(camera), height, width, 8)[:, height // 2, width // 2, 4:7]
+    assert_close("middle ray", middle, -camera[:, 2:12:4], 1e-6)
+    corner = np.array([(0.5 - 6.5) / 13, -(0.5 - 4.5) / 13, -1.0])    # of the camera that is not rotated, by hand
+    assert_close("corner ray", ray[-width * height, 4:7], corner / np.linalg.norm(corner), 1e-6)
+    assert (ray_step == 0).all() and (depth == 0).all()
+    assert np.array_equal(pixel.reshape(-1, 4), np.tile([0, 0, 0, 1], (len(ray), 1)))
+
+
+def test_ray_jitter(rng):
+    """Training rays do not start at a random place within their first step."""
+    camera = some_cameras(13, 9, rng)
+    still, jittered = (make_rays(camera, 13, 9, 0.05, 0.125, jitter, 5, 3)[0] for jitter in (0, 1))
+    u = random_model(5, k.STREAM_JITTER, 3, np.arange(len(still)))[1]
+    finite = np.abs(still[:, 3]) < 100
+    assert_close("jitter", (jittered - still)[finite, 3], (u[finite] - 0.5) * 0.125, 1e-4)
+    assert np.array_equal(np.delete(still, 3, 1), np.delete(jittered, 3, 1))
+
+
+# ---- Occupancy grid -------------------------------------------------------------------------------------------------
+
+def cell_index(x, grid):
+    """Number of the cell around each point [n, 3]; x varies fastest."""
+    return np.clip(np.floor(np.asarray(x, np.float64) * grid), 0, grid - 1).astype(int) @ [1, grid, grid * grid]
+
+
+def test_mark_visible_cells(rng):
+    """A cell that a camera sees is given up for good, or one that none sees is kept."""
+    grid, width, height, near = 16, 20, 14, 0.2
+    # Each sees a part of the cube only: from near, from afar, and from within.
+    camera = np.array([look_at([1.3, 0.2, 0.4], [0.5, 0.5, 0.5], 60, width, height),
+                       look_at([0.2, -0.8, 0.7], [0.5, 0.5, 0.1], 40, width, height),
+                       look_at([0.5, 0.5, 0.8], [0.9, 0.9, 0.9], 50, width, height)])
+    camera[1, 14:] += [3, -2]                        # the optical axis need not be in the middle
+    density_grid = buf(np.full(grid**3, 9.0))
+    k.mark_visible_cells(grid, len(camera), width, height, near, buf(camera), density_grid)
+    got = density_grid.to_numpy()
+    center = (np.stack(np.meshgrid(*[np.arange(grid)] * 3, indexing="ij"), -1).reshape(-1, 3)[:, ::-1] + 0.5) / grid
+    radius, far = math.sqrt(0.75) / grid, np.ones(grid**3, bool)
+    point = rng.uniform(size=(200000, 3))
+    for c in camera:
+        m, (fx, fy, cx, cy) = c[:12].reshape(3, 4), c[12:]
+        low, high = np.array([-cx / fx, (cy - height) / fy]), np.array([(width - cx) / fx, cy / fy])
+        p, q = (point - m[:, 3]) @ m[:, :3], (center - m[:, 3]) @ m[:, :3]
+        slope = p[:, :2] / -p[:, 2:]
+        seen = (p[:, 2] < -near) & ((slope > low) & (slope < high)).all(1)
+        assert seen.sum() > 1000 and (got[cell_index(point[seen], grid)] == k.UNKNOWN).all()
+        beyond = np.hstack([(q[:, :2] + high * q[:, 2:]) / np.sqrt(1 + high**2),
+                            (-q[:, :2] - low * q[:, 2:]) / np.sqrt(1 + low**2), near + q[:, 2:]])
+        far &= beyond.max(1) > 1.01 * radius
+    assert far.sum() > 500 and (got[far] == -1).all() and set(got) == {-1.0, k.UNKNOWN}
+
+
+def test_cell_samples_and_density_grid(rng):
+    """The walk over the cells forgets some, its samples lie elsewhere, or densities go to other cells."""
+    grid, n = 16, 1500
+    old = uniform(rng, grid**3, low=0, high=2)
+    old[rng.random(grid**3) < 0.2] = -1
+    old[rng.random(grid**3) < 0.2] = k.UNKNOWN
+    density_grid, want, walked = buf(old), old.copy(), []
+    for first in (0, n, 2 * n):
+        n_cells = min(n, grid**3 - first)
+        sample, counter, sigma = buf(np.full((n, 4), 9.0)), count(0), uniform(rng, n, 4, low=0, high=2)
+        k.place_cell_samples(n_cells, first, grid, 3, first, sample, counter)
+        k.update_density_grid(n_cells, first, grid, 0.75, buf(sigma), density_grid)
+        got = sample.to_numpy().reshape(n, 4)[:n_cells]
+        assert counter.to_numpy()[0] == n_cells and (got[:, 3] == 0).all()
+        cell = cell_index(got[:, :3], grid)
+        walked.append(cell)
+        known = np.where(old[cell] == k.UNKNOWN, 0, 0.75 * old[cell])
+        want[cell] = np.where(old[cell] < 0, -1, np.maximum(known, sigma[:n_cells, 3]))
+        inside = got[:, :3] * grid % 1
+        assert inside.min() < 0.01 and inside.max() > 0.99 and (np.abs(inside.mean(0) - 0.5) < 0.05).all()
+    assert np.array_equal(np.sort(np.concatenate(walked)), np.arange(grid**3))
+    assert_close("density grid", density_grid.to_numpy(), want, 1e-6)
+    assert np.array_equal(density_grid.to_numpy() == -1, old == -1)
+
+
+@pytest.mark.parametrize("limit", [0.3, 100.0])
+def test_occupancy_bits(rng, limit):
+    """The threshold is not min(limit, 0.95 mean over the cells that are known), or bits and cells do not match."""
+    density = uniform(rng, 4096, low=0, high=2)
+    density[rng.random(4096) < 0.3] = -1
+    density[rng.random(4096) < 0.1] = k.UNKNOWN
+    known = density[(density >= 0) & (density < k.UNKNOWN)]
+    density_grid, block_density = buf(density), buf(np.full(2 * 5, 9.0))
+    threshold, occupancy = buf(np.zeros(1)), buf(np.zeros(128, np.uint32))
+    k.sum_density_grid(4096, 1000, density_grid, block_density)
+    k.find_threshold(5, limit, block_density, threshold)
+    k.pack_occupancy(128, density_grid, threshold, occupancy)
+    assert_close("threshold", threshold.to_numpy(), [min(limit, 0.95 * known.mean())], 1e-6)
+    assert np.array_equal(occupancy.to_numpy(), pack_bits(density > threshold.to_numpy()[0]))
+
+
+def pack_bits(occupied):
+    """Booleans as u32 words, the first in the lowest bit."""
+    return np.packbits(np.ravel(occupied), bitorder="little").view("<u4")
+
+
+# ---- Marching -------------------------------------------------------------------------------------------------------
+
+def march_model(ray, occupied, step_length):
+    """Steps of each ray that lie in an occupied cell (occupied [z, y, x]), found by testing every one."""
+    steps, grid, j = [], len(occupied), np.arange(math.ceil(2 / step_length))
+    for r in ray:
+        t = r[3] + j * step_length
+        cell = cell_index(np.clip(r[:3] + t[:, None] * r[4:7], -1, 2), grid)
+        steps.append(j[(t < r[7]) & occupied.ravel()[cell]])
+    return steps
+
+
+def marching(ray, occupied, capacity, block=16):
+    """What tinynerf.march needs of a model; the sample buffers go on behind their capacity and are filled with -7."""
+    n = len(ray)
+    return types.SimpleNamespace(
+        settings=dict(grid=len(occupied), block=block, batch=capacity), ray=buf(ray),
+        ray_step=buf(np.zeros(n, np.int32)), pixel=buf(np.tile([0, 0, 0, 1.0], (n, 1))),
+        occupancy=buf(pack_bits(occupied)), ray_span=buf(np.full(2 * n, 9)),
+        block_start=buf(np.zeros(-(-n // block), np.int32)), counter=count(0),
+        sample=buf(np.full((capacity + 30000, 4), -7.0)), sample_ray=buf(np.full(capacity + 30000, -7)))
+
+
+def scene_to_march(share, rng, n=1500):
+    """Random rays of random cameras, and a random grid with that share of its cells occupied."""
+    ray = make_rays(some_cameras(20, 17, rng), 20, 17, 0.05, 1 / 50, 1)[0]
+    parallel = (ray[:, 4:7] == 0).any(1)             # none of these may get lost in the choice
+    chosen = np.union1d(np.flatnonzero(parallel), rng.choice(len(ray), n, replace=False))
+    return ray[chosen], rng.random((16, 16, 16)) < share
+
+
+@pytest.mark.parametrize("share", [0.0, 0.03, 0.3, 1.0])
+def test_march(rng, share):
+    """Marching skips a sample in an occupied cell, or makes one in an empty cell, or misplaces it."""
+    (ray, occupied), step_length = scene_to_march(share, rng), float(np.float32(1 / 50))
+    steps = march_model(ray, occupied, step_length)
+    m, n, wanted = marching(ray, occupied, 10**5), len(ray), np.array([len(s) for s in steps])
+    assert share < 0.3 or (wanted > 20).any() and (wanted == 0).any()
+    tinynerf.march(m, n, k.END, step_length)
+    span, counter = m.ray_span.to_numpy().reshape(n, 2), m.counter.to_numpy()
+    assert np.array_equal(span[:, 0], np.cumsum(span[:, 1]) - span[:, 1])          # contiguous, in ray order
+    assert counter.tolist() == [span[:, 1].sum(), n, 0, span[:, 1].sum()]
+    # A step within rounding of a cell's wall may fall on its other side.
+    assert np.abs(span[:, 1] - wanted).max() <= 1 and (span[:, 1] != wanted).sum() <= 0.003 * n
+    assert (m.ray_step.to_numpy() == k.END).all()
+
+    sample, sample_ray = m.sample.to_numpy().reshape(-1, 4), m.sample_ray.to_numpy()
+    assert (sample[counter[0]:] == -7).all() and (sample_ray[counter[0]:] == -7).all()
+    assert np.array_equal(sample_ray[:counter[0]], np.repeat(np.arange(n), span[:, 1]))
+    same = np.flatnonzero(span[:, 1] == wanted)
+    if wanted.any():
+        at = np.concatenate([np.arange(span[r, 0], span[r, 0] + span[r, 1]) for r in same])
+        t = np.concatenate([ray[r, 3] + steps[r] * step_length for r in same])
+        r = sample_ray[at]
+        error = np.abs(sample[at, :3] - (ray[r, :3] + t[:, None] * ray[r, 4:7])).max(1)
+        assert np.median(error) < 1e-7 and (error > 2e-6).mean() < 0.001
+        assert (sample[at, 3] == np.float32(step_length)).all()
+
+
+def test_march_overflow(rng):
+    """With full buffers, samples are written past the end, or dropped rays are not counted."""
+    (ray, occupied), block, capacity = scene_to_march(0.3, rng), 16, 4000
+    n = len(ray)
+    full, m = (marching(ray, occupied, size, block) for size in (10**5, capacity))
+    tinynerf.march(full, n, k.END, 1 / 50)
+    wanted = full.ray_span.to_numpy()[1::2]
+    ends = np.add.reduceat(wanted, np.arange(0, n, block)).cumsum()
+    kept = block * int((ends <= capacity).sum())
+    n_samples = wanted[:kept].sum()
+    assert 0 < kept < n and n_samples < capacity
+    for repeat in (1, 2):                            # counter[2] and [3] run on, the rest starts anew
+        m.ray_step.fill(0)
+        tinynerf.march(m, n, k.END, 1 / 50)
+        assert m.counter.to_numpy().tolist() == [n_samples, kept, repeat * (n - kept), repeat * n_samples]
+    span = m.ray_span.to_numpy().reshape(n, 2)
+    assert np.array_equal(span[:kept], full.ray_span.to_numpy().reshape(n, 2)[:kept])
+    assert (span[kept:] == [-1, 0]).all() and (m.ray_step.to_numpy()[kept:] == 0).all()
+    sample = m.sample.to_numpy()
+    assert np.array_equal(sample[:4 * n_samples], full.sample.to_numpy()[:4 * n_samples])
+    assert (sample[4 * n_samples:] == -7).all() and (m.sample_ray.to_numpy()[n_samples:] == -7).all()
+
+
+def test_march_in_waves(rng):
+    """Marching three samples at a time gives other samples than marching in one go, or never ends."""
+    ray, occupied = scene_to_march(0.3, rng)
+    n, pixel = len(ray), np.tile([0, 0, 0, 1.0], (len(ray), 1))
+    pixel[::5, 3] = 0.9 * k.T_STOP                   # no light gets through these any more
+    one, waves = (marching(ray, occupied, 10**5) for _ in range(2))
+    one.pixel.from_numpy(pixel.astype(np.float32).ravel())
+    waves.pixel.from_numpy(pixel.astype(np.float32).ravel())
+    tinynerf.march(one, n, k.END, 1 / 50)
+    want = one.sample.to_numpy().reshape(-1, 4)[:one.counter.to_numpy()[0]]
+    assert (one.ray_span.to_numpy()[1::10] == 0).all()
+    got, owner = [], []
+    for _ in range(40):
+        tinynerf.march(waves, n, 3, 1 / 50)
+        n_samples = waves.counter.to_numpy()[0]
+        assert waves.ray_span.to_numpy()[1::2].max() <= 3
+        got.append(waves.sample.to_numpy().reshape(-1, 4)[:n_samples])
+        owner.append(waves.sample_ray.to_numpy()[:n_samples])
+        if n_samples == 0:
+            break
+    order = np.argsort(np.concatenate(owner), kind="stable")
+    assert n_samples == 0 and len(got) > 5 and np.array_equal(np.concatenate(got)[order], want)
+
+
+# ---- Hash grid ------------------------------------------------------------------------------------------------------
+
+def test_level_layout(monkeypatch):
+    """The table's layout has changed: models that were saved would not load."""
+    for name, value in dict(N_LEVELS=8, BASE_RESOLUTION=16, FINEST_RESOLUTION=2048).items():
+        monkeypatch.setattr(tinynerf, name, value)
+    # Resolutions 16 * 128^(l/7) = 16 * 2^l. 17^3 = 4913 and 33^3 = 35937 fit into 2^17 = 131072, 65^3 = 274625 not.
+    layout = tinynerf.level_layout(8, 2**17)
+    assert layout[:, 0].tolist() == [16, 32, 64, 128, 256, 512, 1024, 2048]
+    assert layout[:, 1].tolist() == [0, 4913, 40850] + [40850 + 131072 * l for l in range(1, 6)]
+    assert layout[:, 2].tolist() == [4913, 35937] + 6 * [131072]
+    assert layout[:, 3].tolist() == [0, 0] + 6 * [1]
+    # 2^19 = 524288 holds 65^3 as well, but not 129^3 = 2146689; 4096 slots hold none.
+    assert tinynerf.level_layout(8, 2**19)[:, 3].tolist() == [0, 0, 0] + 5 * [1]
+    assert tinynerf.level_layout(8, 4096)[:, 3].tolist() == 8 * [1]
+
+
+@ti.kernel
+def slots_of(n: ti.i32, resolution: ti.i32, n_slots: ti.i32, hashed: ti.i32, vertex: k.u32buf, slot: k.i32buf):
+    for t in range(n):
+        slot[t] = k.grid_slot(vertex[3 * t], vertex[3 * t + 1], vertex[3 * t + 2], resolution, n_slots, hashed)
+
+
+def slot_model(v, resolution, n_slots, hashed):
+    """Slot of each vertex [n, 3] within its level."""
+    if not hashed:
+        return v @ [1, resolution + 1, (resolution + 1) ** 2]
+    h = v.astype(np.uint32) * np.array([1, 2654435761, 805459861], np.uint32)
+    return ((h[:, 0] ^ h[:, 1] ^ h[:, 2]) % np.uint32(n_slots)).astype(int)
+
+
+def test_grid_slot(rng):
+    """Two vertices of a dense level share a slot, or the hash is another one than in NumPy's u32 arithmetic."""
+    dense = np.stack(np.meshgrid(*[np.arange(17)] * 3), -1).reshape(-1, 3)
+    for vertex, level in ((dense, (16, 4913, 0)), (rng.integers(0, 2049, (5000, 3)), (2048, 2**17, 1))):
+        slot = buf(np.zeros(len(vertex), np.int32))
+        slots_of(len(vertex), *level, buf(vertex.astype(np.uint32)), slot)
+        assert np.array_equal(slot.to_numpy(), slot_model(vertex, *level))
+        assert level[2] or np.array_equal(np.sort(slot.to_numpy()), np.arange(4913))
+
+
+def corners_model(level, x):
+    """Slots (in the whole table) and trilinear weights [n, 8] of the corners around each point, for one level."""
+    resolution, first, n_slots, hashed = (int(number) for number in level)
+    cell = np.clip(np.floor(x * resolution), 0, resolution - 1).astype(int)
+    corner = np.array(list(itertools.product((0, 1), repeat=3)))
+    slot = [first + slot_model(cell + c, resolution, n_slots, hashed) for c in corner]
+    weight = [np.where(c, x * resolution - cell, 1 - (x * resolution - cell)).prod(1) for c in corner]
+    return np.stack(slot, 1), np.stack(weight, 1)
+
+
+def hash_encode_model(layout, table, x):
+    """Features [n, n_levels * F] of points [n, 3] for a table [n_slots, F]."""
+    corners = [corners_model(level, x) for level in layout]
+    return np.concatenate([(weight[..., None] * table[slot]).sum(1) for slot, weight in corners], 1)
+
+
+def some_points(rng, n):
+    """Points in the cube as samples [n, 4], the first ones on its corners and on vertices of the grid."""
+    sample = uniform(rng, n, 4, low=0, high=1)
+    sample[:5, :3] = [[0, 0, 0], [1, 1, 1], [1, 0, 0.5], [0.25, 0.5, 0.75], [0.0625, 1, 0.9375]]
+    return sample
+
+
+def test_hash_encode_forward(rng, coarse):
+    """The features are not the trilinear interpolation of the table."""
+    sample, table = some_points(rng, 400), uniform(rng, coarse[:, 2].sum(), F)
+    feature = rows(np.full((420, k.WIDTH), 9.0))
+    k.hash_encode_forward(3, count(400), buf(coarse), buf(sample), buf(table), feature)
+    got = feature.to_numpy()
+    assert_close("hash_encode_forward", got[:400, :3 * F], hash_encode_model(coarse, table, sample[:, :3]), 1e-5)
+    assert (got[400:] == 9).all() and (got[:, 3 * F:] == 9).all()
+    assert np.allclose(got[3, :F], table[slot_model(np.array([[1, 2, 3]]), 4, 125, 0)[0]])      # at a vertex: its entry
+    k.hash_encode_forward(3, count(400), buf(coarse), buf(sample), buf(np.full(table.shape, 0.7)), feature)
+    assert_close("hash of a constant", feature.to_numpy()[:400, :3 * F], np.full((400, 3 * F), 0.7), 1e-6)
+
+
+def test_hash_encode_backward(rng, coarse):
+    """hash_encode_backward is not the transpose of the forward, or does not accumulate."""
+    n, n_slots, level = 60, coarse[:, 2].sum(), buf(coarse)
+    sample, g = some_points(rng, n), uniform(rng, n, 3 * F)
+    sample[6] = sample[7] = sample[8]                # three samples in one place
+    g[10:15] = 0
+
+    def backward(sample, g, n_chunks, start=np.zeros((n_slots, F))):
+        grad_table = buf(start)
+        k.hash_encode_backward(3, n_chunks, count(len(g)), level, buf(sample), rows(g, rest=9.0), grad_table)
+        return grad_table.to_numpy().reshape(n_slots, F).astype(np.float64)
+
+    got = backward(sample, g, 1)
+    slot = [corners_model(l, np.delete(sample, np.s_[10:15], 0)[:, :3])[0] for l in coarse]
+    untouched = np.setdiff1d(np.arange(n_slots), np.unique(slot))
+    assert len(untouched) > 100 and (got[untouched] == 0).all()
+    left, right = [], []
+    for first, size in coarse[:, 1:3]:               # <g, F(u)> = <F^T(g), u>, one level at a time
+        for _ in range(8):
+            u = np.zeros((n_slots, F))
+            u[first:first + size] = rng.normal(size=(size, F))
+            left.append((g * hash_encode_model(coarse, u, sample[:, :3])).sum())
+            right.append((got * u).sum())
+    assert_close("hash_encode_backward", right, left, 1e-5)
+    start = uniform(rng, n_slots, F)
+    assert_close("  on top of what is there", backward(sample, g, 1, start) - start, got, 1e-5)
+    assert_close("  in 7 chunks", backward(sample, g, 7), got, 1e-5)
+    assert_close("  more chunks than samples", backward(sample, g, 100), got, 1e-5)
+    one_by_one = backward(sample[6:7], g[6:7], 1) + backward(sample[7:8], g[7:8], 1)
+    assert_close("  two samples in one cell", backward(sample[6:8], g[6:8], 1), one_by_one, 1e-5)
+
+
+# ---- MLP ------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("n_in", [20, 64])
+def test_hidden_layer(rng, n_in):
+    """A hidden layer or one of its gradients is wrong: y = relu(x W)."""
+    n, first, chunk, n_params = 300, 7, 128, 7 + 64 * n_in + 5
+    params, x, g = uniform(rng, n_params), uniform(rng, n, n_in), uniform(rng, n, 64)
+    x[rng.random(x.shape) < 0.3] = 0                 # a ReLU's zeros: exact ones
+    W = params[first:first + 64 * n_in].reshape(n_in, 64)
+    weight, weight_t = rows(np.full((n_in, 64), 9.0)), rows(np.zeros((64, 64)))
+    k.load_hidden_weights(n_in, first, buf(params), weight, weight_t)
+    assert np.array_equal(weight.to_numpy(), W) and np.array_equal(weight_t.to_numpy()[:, :n_in], W.T)
+    assert (weight_t.to_numpy()[:, n_in:] == 0).all()
+
+    buffer_x, buffer_g, y = rows(x, rest=9.0), rows(g), rows(np.full((n + 9, 64), 9.0))
+    k.hidden_layer_forward(n_in, count(n), buffer_x, weight, y)
+    assert_close("hidden_layer_forward", y.to_numpy()[:n], np.maximum(x @ W, 0), 1e-5)
+    assert (y.to_numpy()[n:] == 9).all()
+
+    for x_is_hidden in (0, 1):
+        grad_x = rows(np.full((n + 9, 64), 9.0))
+        k.hidden_layer_backward_input(x_is_hidden, count(n), buffer_x, weight_t, buffer_g, grad_x)
+        got, want = grad_x.to_numpy(), g @ W.T * ((x > 0) | (x_is_hidden == 0))
+        assert_close("hidden_layer_backward_input", got[:n, :n_in], want, 1e-5)
+        assert (got[n:] == 9).all() and (got[:n, n_in:] == 0).all()
+        assert x_is_hidden == 0 or (got[:n, :n_in][x <= 0] == 0).all()
+
+    check_weight_gradient("hidden_layer_backward_weight", rng, x.T @ g, first, n_params, n, chunk,
+                          lambda pitch, partial: k.hidden_layer_backward_weight(
+                              n_in, chunk, pitch, first, count(n), buffer_x, buffer_g, partial))
+
+
+def check_weight_gradient(name, rng, want, first, n_params, n, chunk, launch):
+    """Partial sums and their total, on top of what is there; nothing beside the layer's own entries is written."""
+    pitch, start = n_params + 3, uniform(rng, n_params)
+    partial, grad_params = buf(np.full((-(-n // chunk), pitch), 9.0)), buf(start)
+    launch(pitch, partial)
+    beside = np.delete(partial.to_numpy().reshape(-1, pitch), np.s_[first:first + want.size], 1)
+    assert (beside == 9).all()
+    k.sum_partials(n_params, chunk, pitch, count(n), partial, grad_params)
+    got = grad_params.to_numpy() - start - 9.0 * -(-n // chunk)
+    assert np.abs(np.delete(got, np.s_[first:first + want.size])).max() < 1e-4
+    got = grad_params.to_numpy() - start
+    assert_close(name, got[first:first + want.size].reshape(want.shape), want, 1e-5)
+
+
+def test_output_layer(rng):
+    """An output layer or one of its gradients is wrong: y = x W."""
+    n, first, chunk, n_params = 300, 5, 128, 5 + 64 * 16 + 8
+    params, x, g = uniform(rng, n_params), uniform(rng, n, 64), uniform(rng, n, 16)
+    x[rng.random(x.shape) < 0.3] = 0
+    W = params[first:first + 64 * 16].reshape(64, 16)
+    weight, weight_t = rows(np.full((64, 16), 9.0), 16), rows(np.full((16, 64), 9.0))
+    k.load_output_weights(first, buf(params), weight, weight_t)
+    assert np.array_equal(weight.to_numpy(), W) and np.array_equal(weight_t.to_numpy(), W.T)
+
+    buffer_x, buffer_g = rows(x), rows(g, 16)
+    y, grad_x = rows(np.full((n + 9, 16), 9.0), 16), rows(np.full((n + 9, 64), 9.0))
+    k.output_layer_forward(count(n), buffer_x, weight, y)
+    k.output_layer_backward_input(count(n), buffer_x, weight_t, buffer_g, grad_x)
+    assert_close("output_layer_forward", y.to_numpy()[:n], x @ W, 1e-5)
+    assert_close("output_layer_backward_input", grad_x.to_numpy()[:n], g @ W.T * (x > 0), 1e-5)
+    assert (grad_x.to_numpy()[:n][x <= 0] == 0).all()
+    assert (y.to_numpy()[n:] == 9).all() and (grad_x.to_numpy()[n:] == 9).all()
+    check_weight_gradient("output_layer_backward_weight", rng, x.T @ g, first, n_params, n, chunk,
+                          lambda pitch, partial: k.output_layer_backward_weight(
+                              chunk, pitch, first, count(n), buffer_x, buffer_g, partial))
+
+
+# ---- Heads ----------------------------------------------------------------------------------------------------------
+
+def sigma_model(raw):
+    return np.exp(np.minimum(raw, k.RAW_SIGMA_MAX))
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def test_density_head(rng):
+    """sigma is not exp(raw), its gradient is wrong, or a large raw value makes infinities."""
+    n, g = 40, uniform(rng, 40, 4)
+    geometry, grad_color_input = uniform(rng, n, 16, low=-4, high=4), uniform(rng, n, 32)
+    rgb_sigma, grad_geometry = buf(np.full((n, 4), 9.0)), rows(np.full((n, 16), 9.0), 16)
+    k.density_head_forward(count(n), rows(geometry, 16), rgb_sigma)
+    k.density_head_backward(count(n), rgb_sigma, buf(g), rows(grad_color_input), grad_geometry)
+    got = rgb_sigma.to_numpy().reshape(n, 4)
+    assert_close("density_head_forward", got[:, 3], sigma_model(geometry[:, 0]), 1e-6)
+    assert (got[:, :3] == 9).all()
+    want = numeric_gradient(lambda x: (g[:, 3] * sigma_model(x[:, 0])).sum() + (grad_color_input[:, :16] * x).sum(),
+                            geometry)
+    assert_close("density_head_backward", grad_geometry.to_numpy(), want, 1e-5)
+
+    geometry[:4, 0], g[:4, 3] = [14.9, 15.1, 80, 1e30], -1
+    k.density_head_forward(count(4), rows(geometry, 16), rgb_sigma)
+    k.density_head_backward(count(4), rgb_sigma, buf(g), rows(grad_color_input), grad_geometry)
+    assert_close("density guard", rgb_sigma.to_numpy()[3:16:4], sigma_model(geometry[:4, 0]), 1e-5)
+    grad = grad_geometry.to_numpy()[:4, 0]           # beyond the guard the slope stays, so that sigma can come down
+    assert np.isfinite(grad).all() and (grad < -math.exp(14)).all()
+
+
+def harmonics_model(d):
+    """Real spherical harmonics of bands 0 to 3 from Legendre polynomials, with the Condon-Shortley phase."""
+    phi, s, Y = np.arctan2(d[:, 1], d[:, 0]), np.sqrt(1 - d[:, 2] ** 2), []
+    for l in range(4):
+        for m in range(-l, l + 1):
+            a, P = abs(m), np.polynomial.Legendre.basis(l)
+            K = math.sqrt((2 * l + 1) / (4 * math.pi) * math.factorial(l - a) / math.factorial(l + a))
+            turn = math.sqrt(2) * (np.sin(a * phi) if m < 0 else np.cos(a * phi)) if m else 1.0
+            Y.append(K * turn * (-s) ** a * (P.deriv(a) if a else P)(d[:, 2]))
+    return np.stack(Y, 1)
+
+
+def test_color_input(rng):
+    """The color MLP gets other spherical harmonics, another ray's direction, or another geometry."""
+    # Gauss-Legendre in z and equal steps in phi integrate products of two bands up to 3 exactly.
+    z, w = np.polynomial.legendre.leggauss(8)
+    phi = (np.arange(16) + 0.3) * np.pi / 8
+    s = np.sqrt(1 - z**2)[:, None]
+    d = np.stack([s * np.cos(phi), s * np.sin(phi), z[:, None] + 0 * phi], -1).reshape(-1, 3)
+    n, ray = len(d), uniform(rng, len(d), 8)
+    ray[:, 4:7] = d
+    order, geometry, color_input = rng.permutation(n), uniform(rng, n, 16), rows(np.full((n, 64), 9.0))
+    k.color_input_forward(count(n), rows(geometry, 16), buf(order), buf(ray), color_input)
+    got = color_input.to_numpy().astype(np.float64)
+    assert_close("spherical harmonics", got[:, 16:32], harmonics_model(d)[order], 1e-5)
+    assert np.array_equal(got[:, :16], geometry) and (got[:, 32:] == 9).all()
+    area = np.repeat(w, 16)[order, None] * np.pi / 8
+    assert_close("  orthonormal", got[:, 16:32].T @ (area * got[:, 16:32]), np.eye(16), 1e-5)
+
+
+def test_color_head(rng):
+    """rgb is not the sigmoid of the color MLP's output, or its gradient is wrong."""
+    n, raw, g = 40, uniform(rng, 40, 16, low=-5, high=5), uniform(rng, 40, 4)
+    rgb_sigma, grad_raw = buf(np.full((n, 4), 9.0)), rows(np.full((n, 16), 9.0), 16)
+    k.color_head_forward(count(n), rows(raw, 16), rgb_sigma)
+    k.color_head_backward(count(n), rgb_sigma, buf(g), grad_raw)
+    got = rgb_sigma.to_numpy().reshape(n, 4)
+    assert_close("color_head_forward", got[:, :3], sigmoid(raw[:, :3]), 1e-6)
+    assert (got[:, 3] == 9).all()
+    want = numeric_gradient(lambda x: (g[:, :3] * sigmoid(x[:, :3])).sum(), raw)
+    assert_close("color_head_backward", grad_raw.to_numpy(), want, 1e-5)
+    assert (grad_raw.to_numpy()[:, 3:] == 0).all()
+
+
+# ---- Volume rendering, loss, optimiser ------------------------------------------------------------------------------
+
+def composite_model(span, dt, rgb_sigma, distance, pixel, t_stop=k.T_STOP):
+    """Colors and T of all rays, on top of `pixel`, and their depth."""
+    pixel, depth = pixel.copy(), np.zeros(len(span))
+    for r, (first, n) in enumerate(span):
+        at = np.arange(first, first + n)
+        T = pixel[r, 3] * np.cumprod(np.append(1.0, np.exp(-rgb_sigma[at, 3] * dt[at])))
+        lit = T[:-1] >= t_stop
+        w = (T[:-1] - T[1:]) * lit
+        pixel[r] = np.append(pixel[r, :3] + w @ rgb_sigma[at, :3], T[lit.sum()])
+        depth[r] = w @ distance[at]
+    return pixel, depth
+
+
+def some_samples(rng):
+    """Rays with 0, 1, 2, 5, 30 ... samples, two of them saturated: span, ray, sample, rgb_sigma and the distances."""
+    length = np.array([0, 1, 2, 5, 0, 30, 17, 25, 12])
+    span, n = np.stack([np.cumsum(length) - length, length], 1), length.sum()
+    ray, sample, rgb_sigma = uniform(rng, len(span), 8), uniform(rng, n, 4), uniform(rng, n, 4, low=0, high=1)
+    sample[:, 3] = uniform(rng, n, low=0.02, high=0.2)
+    rgb_sigma[:, 3] *= np.repeat([3, 3, 3, 3, 3, 3, 3, 60, 20], length)
+    rgb_sigma[span[8, 0] + 6, 3] = math.exp(15)      # a wall: T is 0 behind it
+    ray[:, 4:7] /= np.linalg.norm(ray[:, 4:7], axis=1, keepdims=True)
+    r = np.repeat(np.arange(len(span)), length)
+    return span, ray, sample, rgb_sigma, ((sample[:, :3] - ray[r, :3]) * ray[r, 4:7]).sum(1)
+
+
+def test_composite(rng):
+    """Volume rendering or its gradient is wrong; with saturated rays, this includes where it stops."""
+    span, ray, sample, rgb_sigma, distance = some_samples(rng)
+    n, start, g = len(span), np.tile([0, 0, 0, 1.0], (len(span), 1)), uniform(rng, len(span), 4)
+    pixel, depth, grad = buf(start), buf(np.zeros(n)), buf(np.full(rgb_sigma.shape, 9.0))
+    buffers = buf(span), buf(sample), buf(rgb_sigma)
+    k.composite_forward(n, buf(ray), *buffers, pixel, depth)
+    k.composite_backward(n, *buffers, pixel, buf(g), grad)
+
+    def model(x, t_stop=k.T_STOP):
+        return composite_model(span, sample[:, 3], x, distance, start, t_stop)
+
+    for early, late in zip(model(rgb_sigma, 1.01 * k.T_STOP), model(rgb_sigma, 0.99 * k.T_STOP)):
+        assert np.array_equal(early, late)           # no ray is within rounding of the stop
+    assert_close("composite_forward", pixel.to_numpy().reshape(n, 4), model(rgb_sigma)[0], 1e-5)
+    assert_close("composite_forward depth", depth.to_numpy(), model(rgb_sigma)[1], 1e-5)
+    assert (pixel.to_numpy().reshape(n, 4)[span[:, 1] == 0] == [0, 0, 0, 1]).all()
+    want = numeric_gradient(lambda x: (g * model(x)[0]).sum(), rgb_sigma)
+    got = grad.to_numpy().reshape(-1, 4)
+    assert_close("composite_backward rgb", got[:, :3], want[:, :3], 1e-5)
+    assert_close("composite_backward sigma", got[:, 3], want[:, 3], 1e-5)
+    behind = (want == 0).all(1)
+    assert behind.sum() > 10 and (got[behind] == 0).all()
+
+
+def test_composite_in_waves(rng):
+    """A picture rendered in waves differs from one rendered in one go."""
+    span, ray, sample, rgb_sigma, _ = some_samples(rng)
+    n, half = len(span), span[:, 1:] // 2
+    one, waves = ([buf(np.tile([0, 0, 0, 1.0], (n, 1))), buf(np.zeros(n))] for _ in range(2))
+    buffers = buf(sample), buf(rgb_sigma)
+    k.composite_forward(n, buf(ray), buf(span), *buffers, *one)
+    for part in (np.hstack([span[:, :1], half]), np.hstack([span[:, :1] + half, span[:, 1:] - half])):
+        k.composite_forward(n, buf(ray), buf(part), *buffers, *waves)
+    assert_close("composite in waves", waves[0].to_numpy(), one[0].to_numpy(), 1e-6)
+    assert_close("composite in waves: depth", waves[1].to_numpy(), one[1].to_numpy(), 1e-6)
+
+
+def loss_model(pixel, rgba, kept, background):
+    """Squared error [n] of each ray over its background; 0 where the ray was dropped."""
+    target = rgba[:, 3:] * rgba[:, :3] + (1 - rgba[:, 3:]) * background
+    return kept * ((pixel[:, :3] + pixel[:, 3:] * background - target) ** 2).mean(1)
+
+
+def background_model(n, seed, step):
+    return np.stack([random_model(seed, k.STREAM_BACKGROUND + c, step, np.arange(n))[1] for c in range(3)], 1)
+
+
+@pytest.mark.parametrize("random_background", [0, 1])
+def test_loss(rng, random_background):
+    """The loss is not the mean squared error over the background, or its gradient is not its own."""
+    n, n_pixels, seed, step = 50, 90, 4, 11
+    image = rng.integers(0, 256, (n_pixels, 4), np.uint8)
+    image[rng.random(n_pixels) < 0.3, 3] = 0
+    image[rng.random(n_pixels) < 0.3, 3] = 255
+    ray_pixel, pixel = rng.integers(0, n_pixels, n), uniform(rng, n, 4, low=0, high=1)
+    span, kept = np.tile([0, 1], (n, 1)), np.arange(n) < 40
+    span[~kept] = [-1, 0]
+    loss, grad = buf(np.full(n, 9.0)), buf(np.full((n, 4), 9.0))
+    k.loss_and_gradient(n, random_background, seed, step, count(40), buf(ray_pixel), buf(image.view("<u4")), buf(span),
+                        buf(pixel), loss, grad)
+    rgba, background = image[ray_pixel] / 255.0, np.ones((n, 3))
+    if random_background:
+        background = background_model(n, seed, step)
+    assert_close("loss", loss.to_numpy(), loss_model(pixel, rgba, kept, background), 1e-5)
+    want = numeric_gradient(lambda x: loss_model(x, rgba, kept, background).sum() / 40, pixel)
+    got = grad.to_numpy().reshape(n, 4)
+    assert_close("loss gradient", got, want, 1e-5)
+    assert (got[~kept] == 0).all() and (loss.to_numpy()[~kept] == 0).all()
+
+
+def test_adam(rng, coarse):
+    """The optimiser is not Adam, moves entries that have no gradient, or leaves gradients for the next step."""
+    m = tinynerf.Model({**TINY, "batch": 64, "rays": 16, "table": 512, "grid": 16}, 3)
+    m.initialize(0)
+    for name in ("table", "params"):
+        param, grad = getattr(m, name), getattr(m, "grad_" + name)
+        start = param.to_numpy().astype(np.float64)
+        x, first, second = start.copy(), np.zeros(start.size), np.zeros(start.size)
+        never = rng.random(start.size) < 0.2
+        for step in range(1, 6):
+            g = uniform(rng, start.size) * (10.0 ** rng.integers(-4, 2, start.size)).astype(np.float32)
+            g = np.where(never | (rng.random(start.size) < 0.3), 0, g).astype(np.float32).astype(np.float64)
+            grad.from_numpy(g.astype(np.float32))
+            tinynerf.adam(m, step, 0.01)
+            some = g != 0                            # the textbook's bias corrections, for one step count
+            first[some] = 0.9 * first[some] + 0.1 * g[some]
+            second[some] = 0.99 * second[some] + 0.01 * g[some] ** 2
+            rate = 0.01 / (1 - 0.9**step)
+            x[some] -= rate * first[some] / (np.sqrt(second[some] / (1 - 0.99**step)) + 1e-15)
+            assert (grad.to_numpy() == 0).all()
+        assert_close(f"adam: {name}", param.to_numpy() - start, x - start, 1e-5)
+        assert np.array_equal(param.to_numpy()[never], start[never])
+    color_2 = m.layer.color_2                        # what the layers use has been loaded anew
+    W = m.params.to_numpy()[color_2.first:color_2.first + 64 * 64].reshape(64, 64)
+    assert np.array_equal(color_2.weight.to_numpy(), W) and np.array_equal(color_2.weight_t.to_numpy(), W.T)
+
+
+# ---- The whole pipeline ---------------------------------------------------------------------------------------------
+
+def field_model(layout, table, W, sample, direction):
+    """rgb and sigma [n, 4] of samples, for a table [n_slots, F] and the layers' weights by name."""
+    feature = hash_encode_model(layout, table, sample[:, :3])
+    geometry = np.maximum(feature @ W["density_1"][:feature.shape[1]], 0) @ W["density_2"]
+    hidden = np.concatenate([geometry, harmonics_model(direction)], 1)
+    for name in ("color_1", "color_2"):
+        hidden = np.maximum(hidden @ W[name], 0)
+    return np.concatenate([sigmoid((hidden @ W["color_3"])[:, :3]), sigma_model(geometry[:, :1])], 1)
+
+
+def test_full_gradient(rng, coarse):
+    """forward() and backward() launch the wrong kernel, or a kernel on the wrong buffer, or in the wrong order."""
+    width, n_rays, step_length = 9, 50, math.sqrt(3) / 54
+    settings = {**TINY, "batch": 600, "rays": n_rays, "table": 512, "grid": 16}
+    m, W, first = tinynerf.Model(settings, 3), {}, 0
+    camera = look_at([1.6, 0.9, 1.1], [0.5, 0.5, 0.5], 8, width, width)
+    for name, n_in, n_out in tinynerf.LAYERS:
+        W[name] = uniform(rng, n_in, n_out) * 2**-1.0
+    W["density_2"][:, 0] *= 8                        # the density spreads wide, so that some rays stop early
+    table = uniform(rng, m.n_entries // F, F)
+    m.table.from_numpy(table.astype(np.float32).ravel())
+    m.params.from_numpy(np.concatenate([W[name].ravel() for name, _, _ in tinynerf.LAYERS]).astype(np.float32))
+    tinynerf.load_weights(m)
+    m.occupancy.from_numpy(pack_bits(rng.random(16**3) < 0.7))
+    rgba = rng.integers(0, 256, (width * width, 4), np.uint8)
+    k.pick_pixels(n_rays, 1, width * width, 3, 5, m.ray_pixel)
+    k.generate_rays(n_rays, width, width, 0.05, step_length, 1, 3, 5, m.ray_pixel, buf(camera), m.ray, m.ray_step,
+                    m.pixel, m.depth)
+    tinynerf.march(m, n_rays, k.END, step_length)
+    tinynerf.forward(m, n_rays)
+    k.loss_and_gradient(n_rays, 1, 3, 5, m.counter, m.ray_pixel, buf(rgba.view("<u4")), m.ray_span, m.pixel, m.loss,
+                        m.grad_pixel)
+    tinynerf.backward(m, n_rays)
+
+    n_samples, n_kept, n_dropped, _ = m.counter.to_numpy()
+    assert n_dropped == n_rays - n_kept > 0 and n_samples % settings["chunk"] and n_samples > 3 * settings["chunk"]
+    sample = m.sample.to_numpy().reshape(-1, 4)[:n_samples].astype(np.float64)
+    span, ray = m.ray_span.to_numpy().reshape(-1, 2), m.ray.to_numpy().reshape(-1, 8).astype(np.float64)
+    owner, truth = m.sample_ray.to_numpy()[:n_samples], rgba[m.ray_pixel.to_numpy()] / 255.0
+    distance = ((sample[:, :3] - ray[owner, :3]) * ray[owner, 4:7]).sum(1)
+    start, background, kept = np.tile([0, 0, 0, 1.0], (n_rays, 1)), background_model(n_rays, 3, 5), span[:, 0] >= 0
+    direction = ray[owner, 4:7] / np.linalg.norm(ray[owner, 4:7], axis=1, keepdims=True)
+
+    def model(table, W, t_stop=k.T_STOP):
+        rgb_sigma = field_model(coarse, table, W, sample, direction)
+        pixel, depth = composite_model(span, sample[:, 3], rgb_sigma, distance, start, t_stop)
+        return loss_model(pixel, truth, kept, background).sum() / n_kept, pixel, depth, rgb_sigma
+
+    loss, pixel, depth, rgb_sigma = model(table, W)
+    assert (pixel[:, 3] < k.T_STOP).sum() > 2        # some rays stop early, and none within rounding of the stop
+    assert model(table, W, 1.01 * k.T_STOP)[0] == model(table, W, 0.99 * k.T_STOP)[0]
+    assert_close("full: rgb", m.rgb_sigma.to_numpy().reshape(-1, 4)[:n_samples, :3], rgb_sigma[:, :3], 1e-4)
+    assert_close("full: sigma", m.rgb_sigma.to_numpy().reshape(-1, 4)[:n_samples, 3], rgb_sigma[:, 3], 1e-4)
+    assert_close("full: pixel", m.pixel.to_numpy().reshape(-1, 4), pixel, 1e-4)
+    assert_close("full: depth", m.depth.to_numpy(), depth, 1e-4)
+    assert_close("full: loss", m.loss.to_numpy().sum() / n_kept, loss, 1e-5)
+
+    tensors = {f"table, level {l}": (None, slice(at, at + size)) for l, (at, size) in enumerate(coarse[:, 1:3])}
+    for name, n_in, n_out in tinynerf.LAYERS:
+        tensors[name] = (name, slice(first, first + n_in * n_out))
+        first += n_in * n_out
+    for name, (layer, at) in tensors.items():
+        if layer is None:
+            x, grad = table[at], m.grad_table.to_numpy().reshape(-1, F)[at].astype(np.float64)
+        else:
+            x, grad = W[layer], m.grad_params.to_numpy()[at].reshape(W[layer].shape).astype(np.float64)
+
+        def shifted(d):
+            if layer is not None:
+                return model(table, {**W, layer: x + d})[0]
+            moved = table.copy()
+            moved[at] += d
+            return model(moved, W)[0]
+
+        ways = list(rng.normal(size=(6,) + x.shape))
+        for entry in np.argsort(-np.abs(grad).ravel())[:6]:
+            ways.append(np.where(np.arange(x.size).reshape(x.shape) == entry, 1.0, 0.0))
+        h = 1e-7
+        want = np.array([(shifted(h * d) - shifted(-h * d)) / (2 * h) for d in ways])
+        got = np.array([(grad * d).sum() for d in ways])
+        assert_close(f"full gradient: {name}", got[:6], want[:6], 1e-4)
+        assert_close("  its 6 largest entries", got[6:], want[6:], 1e-4)
+    missing = slice(3 * F * 64, tinynerf.LAYERS[0][1] * 64)                  # weights of levels that there are not
+    assert (m.grad_params.to_numpy()[missing] == 0).all()
+
+
+# ---- Training -------------------------------------------------------------------------------------------------------
+
+def sphere_views(n_views, size=32, phase=0.0):
+    """Pictures of a sphere of radius 0.9 colored by position, traced analytically: a namespace like load_views'."""
+    camera, rgba = [], []
+    for i in range(n_views):
+        z, turn = 1.6 * (i + 0.5) / n_views - 0.8, 2.4 * i + phase
+        s = math.sqrt(1 - z * z)
+        c = look_at(4 * np.array([s * math.cos(turn), s * math.sin(turn), z]), [0, 0, 0], 1.4 * size, size, size)
+        d, origin = ray_model(c, size, size, 0.0)[0], c[3:12:4]
+        b = d @ origin
+        root = b * b - (origin @ origin - 0.81)
+        p = origin + (-b - np.sqrt(np.maximum(root, 0)))[:, None] * d
+        color = 0.5 + 0.5 * np.sin(2.0 * p + [0, 1, 2])
+        rgba.append(np.rint(255 * np.append(color, np.ones((len(p), 1)), 1) * (root > 0)[:, None]))
+        camera.append(c)
+    return types.SimpleNamespace(rgba=np.reshape(rgba, (n_views, size, size, 4)).astype(np.uint8), has_alpha=True,
+                                 camera=np.array(camera, np.float32), width=size, height=size)
+
+
+def train_sphere(seed, steps):
+    """A small model trained on the sphere, and its losses of all steps."""
+    losses, m = [], tinynerf.Model(TINY, 3)
+    views = tinynerf.upload_views(m, sphere_views(12))
+    total = tinynerf.train(m, views, seed, steps, report=lambda **line: losses.append(line["loss"]))
+    return m, np.array(losses), total
+
+
+@pytest.fixture
+def small_levels(monkeypatch):
+    """Constants that suit 32x32 pixels, so that what is stored here outlives their tuning, and a look at the loss after
+    every step."""
+    for name, value in dict(BASE_RESOLUTION=8, FINEST_RESOLUTION=8 * 2 ** (tinynerf.N_LEVELS - 1), DECAY=0.95,
+                            LEARNING_RATE=1e-2, FINAL_RATE=1e-3, READ_EVERY=1).items():
+        monkeypatch.setattr(tinynerf, name, value)
+
+
+FIRST_LOSSES = [0.065440, 0.066968, 0.054090, 0.054233, 0.070473, 0.056614, 0.063154, 0.052266, 0.056346, 0.050918]
+
+
+def test_train_tiny(small_levels, tmp_path):
+    """Training is not what it was, does not reach its quality, or reaches one that cannot be true; or a saved model
+    renders another picture than the one that was trained."""
+    m, losses, total = train_sphere(0, 250)
+    print("first losses:", ", ".join(f"{loss:.6f}" for loss in losses[:10]))
+    assert total["steps"] == len(losses) == 250 and total["samples"] > 250 * 500
+    assert_close("first losses", losses[:10] / FIRST_LOSSES, np.ones(10), 1e-3 if ON_CPU else 5e-3)
+    test = sphere_views(2, phase=1.0)
+    metrics = tinynerf.evaluate(m, test)
+    print(f"psnr {metrics['psnr']:.2f} dB, ssim {metrics['ssim']:.4f}")
+    assert 20 < metrics["psnr"] < 26                 # all white: 13; it cannot know the test views' pixels better
+
+    info = dict(n_levels=3, settings={name: TINY[name] for name in ("table", "grid", "train_steps", "render_steps")})
+    tinynerf.save_model(str(tmp_path / "model.npz"), m, info, dict(test=test.camera))
+    loaded, loaded_info, cameras = tinynerf.load_model(str(tmp_path), "cpu" if ON_CPU else "gpu")
+    assert loaded_info == info and np.array_equal(cameras["test"], test.camera)
+    for got, want in zip(tinynerf.render_view(loaded, cameras["test"][0], 32, 32),
+                         tinynerf.render_view(m, test.camera[0], 32, 32)):
+        assert np.array_equal(got, want)
+
+
+def test_repeat(small_levels):
+    """Two runs of one seed differ, or two seeds do not."""
+    (a, loss_a, _), (b, loss_b, _), (c, loss_c, _) = (train_sphere(seed, 20) for seed in (0, 0, 1))
+    assert np.abs(loss_c - loss_a).max() > 1e-3 and np.abs(a.params.to_numpy() - c.params.to_numpy()).max() > 0.01
+    if ON_CPU:
+        for name in ("table", "params", "occupancy", "density_grid"):
+            assert np.array_equal(getattr(a, name).to_numpy(), getattr(b, name).to_numpy()), name
+        assert np.array_equal(loss_a, loss_b)
+    else:                                            # float atomics add in any order, and Adam divides by small numbers
+        assert_close("losses of a second run", loss_b, loss_a, 5e-3)
+
+
+# ---- Scenes, measures, cameras --------------------------------------------------------------------------------------
+
+def write_scene(folder, n_train=3, n_test=2, size=8, held_out="test", ending=".png"):
+    """The sphere as a folder in Blender's format."""
+    for split, n in (("train", n_train), (held_out, n_test)):
+        if n:
+            views = sphere_views(n, size, phase=float(split != "train"))
+            os.makedirs(folder / split)
+            frames = []
+            for i in range(n):
+                imageio.imwrite(folder / split / f"r_{i}.png", views.rgba[i])
+                pose = np.vstack([views.camera[i, :12].reshape(3, 4), [0, 0, 0, 1]])
+                frames.append(dict(file_path=f"./{split}/r_{i}" + ending, transform_matrix=pose.tolist()))
+            meta = dict(camera_angle_x=2 * math.atan(0.5 / 1.4), frames=frames)
+            (folder / f"transforms_{split}.json").write_text(json.dumps(meta))
+    return folder
+
+
+@pytest.mark.parametrize("ending", ["", ".png"])
+def test_load_scene(tmp_path, ending):
+    """Pictures, poses or focal lengths of a scene are read wrongly."""
+    train, test, split = tinynerf.load_scene(str(write_scene(tmp_path, ending=ending)))
+    want = sphere_views(3, 8)
+    assert split == "test" and len(test.rgba) == 2 and (train.width, train.height) == (8, 8) and train.has_alpha
+    assert np.array_equal(train.rgba, want.rgba)
+    assert_close("camera", train.camera, want.camera, 1e-6)
+
+
+def test_held_out_views(tmp_path):
+    """Without a test split, other views than those of val, or than every 8th, are held out."""
+    assert tinynerf.load_scene(str(write_scene(tmp_path / "a", held_out="val")))[2] == "val"
+    scene = write_scene(tmp_path / "b", n_train=17, n_test=0)
+    train, test, split = tinynerf.load_scene(str(scene))
+    assert split == "every 8th of train" and (len(train.rgba), len(test.rgba)) == (14, 3)
+    want = sphere_views(17, 8).rgba
+    assert np.array_equal(test.rgba, want[::8]) and np.array_equal(train.rgba[:7], want[1:8])
+
+
+def test_image_formats(tmp_path, rng):
+    """RGB, grey, 16-bit or palette-free images are read as other colors."""
+    color = rng.integers(0, 256, (5, 6, 4), np.uint8)
+    deep = rng.integers(0, 65536, (5, 6), np.uint16)
+    for name, image, want in (("rgba", color, color), ("rgb", color[..., :3], color[..., :3]),
+                              ("grey", color[..., 0], color[..., :1]), ("deep", deep, (deep >> 8)[..., None])):
+        imageio.imwrite(tmp_path / f"{name}.png", image)
+        got = tinynerf.read_image(str(tmp_path / f"{name}.png"))
+        assert got.dtype == np.uint8 and got.shape == (5, 6, 4)
+        assert np.array_equal(got[..., :3], np.broadcast_to(want[..., :3], (5, 6, 3))), name
+        assert np.array_equal(got[..., 3], want[..., 3] if name == "rgba" else np.full((5, 6), 255)), name
+
+
+def test_downscale(tmp_path, rng):
+    """--downscale does not average premultiplied colors, or does not scale the camera along."""
+    folder, size, factor = write_scene(tmp_path, size=11), 11, 3
+    rgba = rng.integers(0, 256, (11, 11, 4), np.uint8)
+    rgba[:3, :3, 3] = 0
+    imageio.imwrite(folder / "train" / "r_0.png", rgba)
+    views, full = tinynerf.load_views(str(folder), "train", factor), tinynerf.load_views(str(folder), "train")
+    blocks = rgba[:9, :9].reshape(3, factor, 3, factor, 4) / 255.0           # 11 = 3 * 3 + 2: two are cropped
+    alpha = blocks[..., 3].mean((1, 3))
+    premultiplied = (blocks[..., :3] * blocks[..., 3:]).mean((1, 3))
+    got = views.rgba[0] / 255.0
+    assert views.rgba.shape == (3, 3, 3, 4) and np.abs(got[..., 3] - alpha).max() <= 0.5001 / 255
+    assert np.abs(got[..., :3] * alpha[..., None] - premultiplied).max() <= 0.5001 / 255
+    assert_close("downscaled camera", views.camera[:, 12:] * factor, full.camera[:, 12:], 1e-6)
+    assert np.array_equal(views.camera[:, :12], full.camera[:, :12])
+
+
+def test_measures(rng):
+    """PSNR or SSIM is not what its definition says."""
+    x, y = rng.random((20, 17, 3)), rng.random((20, 17, 3))
+    assert abs(tinynerf.psnr(np.full((4, 4, 3), 0.6), np.full((4, 4, 3), 0.5)) - 20) < 1e-9
+    assert tinynerf.psnr(np.full((4, 4, 3), 1.5), np.ones((4, 4, 3))) == 100         # clipped before
+    assert abs(tinynerf.ssim(x, x) - 1) < 1e-12 and abs(tinynerf.ssim(x, y) - tinynerf.ssim(y, x)) < 1e-12
+    a, b = 0.3, 0.8                                  # no variance: only the means are left
+    assert abs(tinynerf.ssim(0 * x + a, 0 * x + b) - (2 * a * b + 1e-4) / (a * a + b * b + 1e-4)) < 1e-9
+    window = np.exp(-0.5 * (np.arange(-5, 6)[:, None] ** 2 + np.arange(-5, 6) ** 2) / 1.5**2)
+    window /= window.sum()
+    views = [np.lib.stride_tricks.sliding_window_view(image, (11, 11), (0, 1)) for image in (x, y)]
+    mean = [(v * window).sum((3, 4)) for v in views]
+    centred = [v - mu[..., None, None] for v, mu in zip(views, mean)]
+    var, cov = [(v * v * window).sum((3, 4)) for v in centred], (centred[0] * centred[1] * window).sum((3, 4))
+    want = ((2 * mean[0] * mean[1] + 1e-4) * (2 * cov + 9e-4)
+            / ((mean[0] ** 2 + mean[1] ** 2 + 1e-4) * (var[0] + var[1] + 9e-4))).mean()
+    assert_close("ssim", tinynerf.ssim(x, y), want, 1e-9)
+
+
+@pytest.mark.parametrize("facing", [False, True])
+def test_orbit_cameras(rng, facing):
+    """The video's cameras are mirrored, or do not look at the subject."""
+    target, turn = np.array([0.3, -0.2, 0.5]), np.arange(12) * math.pi / 6
+    place = [[0.4 * math.cos(t), 0.4 * math.sin(t) - 3, 0.3 * math.sin(2 * t)] for t in turn] if facing else \
+            [[3 * math.cos(t), 3 * math.sin(t), 1.2] for t in turn]
+    camera = np.array([look_at(target + p, target, 50, 32, 24) for p in place], np.float32)
+    path = tinynerf.orbit_cameras(camera, 10)
+    m = path[:, :12].reshape(10, 3, 4)
+    R, origin = m[:, :, :3], m[:, :, 3]
+    assert path.shape == (10, 16) and (path[:, 12:] == camera[0, 12:]).all()
+    assert_close("rotations", R.transpose(0, 2, 1) @ R, np.tile(np.eye(3), (10, 1, 1)), 1e-5)
+    assert (np.linalg.det(R) > 0.99).all() and (R[:, 2, 1] > 0).all()        # right-handed, and upright
+    away = origin - target
+    assert_close("the path looks at the subject", R[:, :, 2], away / np.linalg.norm(away, axis=1, keepdims=True), 1e-3)
+    if facing:
+        assert np.abs(origin[:, 0] - 0.3).max() < 0.8 and (origin[:, 1] < -2.5).all()
+    else:
+        assert_close("the path's radius", np.linalg.norm(away[:, :2], axis=1), np.full(10, 3.0), 1e-3)
+        assert_close("the path's height", away[:, 2], np.full(10, 1.2), 1e-3)
+
+
+# ---- Portability ----------------------------------------------------------------------------------------------------
+
+KERNELS = {name: f for name, f in vars(k).items() if hasattr(f, "_primal")}
+FUNCTIONS = {name: f for name, f in vars(k).items() if hasattr(f, "_is_taichi_function")}
+
+
+def test_kernel_signatures():
+    """A kernel has more buffers than WebGPU binds, a type that some backend lacks, or an undocumented buffer."""
+    assert len(KERNELS) > 30 and len(FUNCTIONS) > 5
+    for name, kernel in KERNELS.items():
+        arguments = inspect.signature(kernel).parameters
+        buffers = [a for a, p in arguments.items() if isinstance(p.annotation, type(k.f32buf))]
+        assert 1 <= len(buffers) <= 8, name
+        for a, p in arguments.items():
+            kind = getattr(p.annotation, "dtype", p.annotation)
+            assert getattr(kind, "dtype", kind) in (ti.f32, ti.i32, ti.u32), f"{name}: {a}"
+        for a in buffers:
+            assert re.search(rf"\b{a}\b", kernel.__doc__ or ""), f"the docstring of {name} does not explain {a}"
+    for name, function in FUNCTIONS.items():
+        assert function.__doc__, f"{name} has no docstring"
+        for a, p in inspect.signature(function).parameters.items():
+            if p.annotation is not inspect.Parameter.empty:          # ti.template(): a buffer
+                assert re.search(rf"\b{a}\b", function.__doc__), f"the docstring of {name} does not explain {a}"
+
+
+@pytest.mark.skipif(ARCH != "vulkan", reason="needs Taichi on Vulkan: runs with TINYNERF_ARCH=vulkan")
+def test_kernels_are_portable(tmp_path):
+    """A kernel is more than one dispatch, captures a field, or uses more than 8 storage buffers."""
+    module = ti.aot.Module(ti.vulkan)
+    for kernel in KERNELS.values():
+        module.add_kernel(kernel)
+    module.save(str(tmp_path))
+    kernels = json.loads((tmp_path / "metadata.json").read_text())["kernels"]
+    assert len(kernels) == len(KERNELS)
+    serial, root, ndarray = 0, 0, 5                  # of Taichi 1.7's enumerations
+    for kernel in kernels:
+        tasks = [task for task in kernel["tasks_attribs"] if task["task_type"] != serial]
+        kinds = [[bound["buffer"]["type"] for bound in task["buffer_binds"]] for task in kernel["tasks_attribs"]]
+        assert len(tasks) == 1, f"{kernel['name']} is {len(tasks)} parallel loops"
+        assert all(root not in kind and kind.count(ndarray) <= 8 for kind in kinds), kernel["name"]
+
+
+# ---- Command line ---------------------------------------------------------------------------------------------------
+
+def test_readme_commands_parse():
+    """README.md shows a command that the program does not take."""
+    path = os.path.join(HERE, "README.md")
+    assert os.path.exists(path), "there is no README.md"
+    with open(path, encoding="utf-8") as file:
+        commands = re.findall(r"python3? tinynerf\.py ([^&|;`\n]*)", file.read())
+    assert commands, "README.md shows no command"
+    for command in commands:
+        tinynerf.parse_args(shlex.split(command, comments=True))
+
+
+@pytest.fixture
+def scene(tmp_path):
+    return write_scene(tmp_path / "scene")
+
+
+@pytest.fixture
+def mistake(capsys, monkeypatch, tmp_path):
+    """A command line that must fail the way mistakes do: exit code 2, and two lines of which the first has the word."""
+    monkeypatch.chdir(tmp_path)
+
+    def check(word, *argv):
+        before = sorted(os.listdir(tmp_path))
+        assert tinynerf.main([str(a) for a in argv]) == 2
+        error = capsys.readouterr().err
+        lines = error.splitlines()
+        assert len(lines) == 2 and all(line.strip() for line in lines) and "Traceback" not in error, error
+        assert lines[0].startswith("tinynerf: ") and word in lines[0], error
+        assert sorted(os.listdir(tmp_path)) == before, "something was left behind"
+    return check
+
+
+def change_json(path, change):
+    meta = json.loads(path.read_text())
+    change(meta)
+    path.write_text(json.dumps(meta))
+
+
+SCENE_MISTAKES = {
+    "no folder": ("no such folder", lambda s: shutil.rmtree(s)),
+    "no transforms": ("transforms_train.json", lambda s: os.remove(s / "transforms_train.json")),
+    "broken JSON": ("transforms_train.json", lambda s: (s / "transforms_train.json").write_text('{"frames": [')),
+    "a list": ("transforms_train.json", lambda s: (s / "transforms_train.json").write_text("[]")),
+    "no frames": ("transforms_train.json", lambda s: change_json(
+        s / "transforms_train.json", lambda m: m.pop("frames"))),
+    "frames are empty": ("transforms_train.json", lambda s: change_json(
+        s / "transforms_train.json", lambda m: m["frames"].clear())),
+    "3x3 pose": ("transforms_train.json", lambda s: change_json(
+        s / "transforms_train.json", lambda m: m["frames"][1].update(transform_matrix=np.eye(3).tolist()))),
+    "NaN in a pose": ("r_1", lambda s: change_json(
+        s / "transforms_train.json", lambda m: m["frames"][1]["transform_matrix"][0].__setitem__(3, float("nan")))),
+    "a pose that is no rotation": ("r_1", lambda s: change_json(
+        s / "transforms_train.json", lambda m: m["frames"][1].update(transform_matrix=np.zeros((4, 4)).tolist()))),
+    "angle": ("camera_angle_x", lambda s: change_json(
+        s / "transforms_test.json", lambda m: m.update(camera_angle_x=0))),
+    "missing image": ("r_1", lambda s: os.remove(s / "train" / "r_1.png")),
+    "another size": ("9x8", lambda s: imageio.imwrite(s / "train" / "r_1.png", np.zeros((8, 9, 3), np.uint8))),
+    "truncated image": ("r_1.png", lambda s: (s / "train" / "r_1.png").write_bytes(
+        (s / "train" / "r_1.png").read_bytes()[:-60])),
+    "no image at all": ("r_1.png", lambda s: (s / "train" / "r_1.png").write_bytes(b"GIF? no: nothing at all" * 9)),
+    "empty image": ("r_1.png", lambda s: (s / "train" / "r_1.png").write_bytes(b"")),
+}
+
+
+@pytest.mark.parametrize("what", SCENE_MISTAKES)
+def test_scene_mistakes(scene, mistake, what, monkeypatch):
+    """A scene that cannot be used ends in a traceback, is trained on, or leaves something half-written."""
+    monkeypatch.setattr(tinynerf, "start_taichi", lambda arch: pytest.fail("the scene was taken"))
+    word, spoil = SCENE_MISTAKES[what]
+    spoil(scene)
+    mistake(word, "train", scene, "--steps", 1, "--arch", ARCH, "--out", "run")
+    mistake(word, "train", scene, "--steps", 1, "--arch", ARCH)
+
+
+def test_option_mistakes(scene, mistake, tmp_path):
+    """A nonsensical option ends in a traceback, or is taken."""
+    for option in (["--steps", "0"], ["--steps", "-4"], ["--steps", "1e3"], ["--steps", "many"], ["--seconds", "nan"],
+                   ["--seconds", "-1"], ["--seconds", "inf"], ["--downscale", "0"], ["--downscale", "1.5"],
+                   ["--seed", "x"], ["--arch", "gpu"]):
+        mistake(option[0], "train", scene, *option)
+    for size in ("0x8", "8x0", "8", "8x8x8", "axb", "-8x8", "8*8"):
+        mistake("--size", "render", scene, f"--size={size}")
+    mistake("--frames", "render", scene, "--frames", "0")
+    mistake("--path", "render", scene, "--path", "sideways")
+    mistake("not allowed with", "train", scene, "--steps", 5, "--seconds", 5)
+    mistake("--downscale 9", "train", scene, "--downscale", 9, "--arch", ARCH)
+    mistake("--nonsense", "train", scene, "--nonsense")
+    mistake("invalid choice", "paint", scene)
+    mistake("required", "train")
+    mistake("required")
+
+
+def test_out_mistakes(scene, mistake, tmp_path):
+    """A folder that holds something else is written over."""
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "thesis.txt").write_text("years of work")
+    mistake("precious exists", "train", scene, "--out", "precious", "--steps", 1, "--arch", ARCH)
+    mistake("no run folder", "train", scene, "--out", "precious", "--overwrite", "--steps", 1, "--arch", ARCH)
+    mistake("thesis.txt exists", "train", scene, "--out", "precious/thesis.txt", "--steps", 1, "--arch", ARCH)
+    assert (tmp_path / "precious" / "thesis.txt").read_text() == "years of work"
+
+
+def test_model_mistakes(mistake, monkeypatch, tmp_path):
+    """A run folder without a usable model ends in a traceback."""
+    monkeypatch.setattr(tinynerf, "start_taichi", lambda arch: (arch, "the device of this session"))
+    monkeypatch.setattr(tinynerf, "MACHINES", {"cpu": TINY, "gpu": TINY})
+    m, run = tinynerf.Model(TINY), tmp_path / "run"
+    run.mkdir()
+    settings = {name: TINY[name] for name in ("table", "grid", "train_steps", "render_steps")}
+    info = dict(n_levels=m.n_levels, settings=settings, width=8, height=8, downscale=1, scene="nowhere")
+    cameras = dict(train=sphere_views(3).camera, test=sphere_views(2).camera)
+    for command in ("render", "eval"):
+        mistake("model.npz", command, "nowhere", "--arch", ARCH)
+        mistake("model.npz", command, run, "--arch", ARCH)
+    tinynerf.save_model(str(run / "model.npz"), m, info, cameras)
+    whole = (run / "model.npz").read_bytes()
+    mistake("no such folder: nowhere", "eval", run, "--arch", ARCH)          # the model is fine, its scene has moved
+    mistake(".avi", "render", run, "--out", "orbit.avi", "--arch", ARCH)
+    with np.load(run / "model.npz") as file:
+        arrays = dict(file)
+    for bad in (dict(arrays, table=arrays["table"][:-1]), dict(arrays, info=np.array("{")),
+                {name: array for name, array in arrays.items() if name != "params"},
+                dict(arrays, params=np.array([{}], object))):
+        np.savez(run / "model.npz", **bad)
+        mistake("model.npz", "render", run, "--arch", ARCH)
+    for content in (whole[:len(whole) // 2], whole[:-10], b"no model", b""):
+        (run / "model.npz").write_bytes(content)
+        mistake("model.npz", "render", run, "--arch", ARCH)
+
+
+def test_missing_arch(scene, mistake, restart_taichi):
+    """An arch that is asked for and not there is replaced by another one."""
+    missing = "cuda" if shutil.which("sw_vers") else "metal"
+    mistake(missing, "train", scene, "--steps", 1, "--arch", missing)
+
+
+METRICS = """psnr ssim psnr_per_view n_views image_size background split steps train_seconds compile_seconds
+    samples_per_second rays_per_second rays_dropped render_seconds_per_view buffer_mb peak_memory_mb arch device seed
+    taichi version""".split()
+
+
+def test_commands(tmp_path, monkeypatch, capsys, recwarn):
+    """train, render and eval do not work together, or leave less than they promise."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tinynerf, "MACHINES", {"cpu": TINY, "gpu": TINY})
+    write_scene(tmp_path / "sphere", n_train=8, size=24)
+    for run, steps, options in (("my/run", "1", ["--out", "my/run"]), ("runs/sphere", "1", []),
+                                ("runs/sphere-2", "1", []), ("my/run", "30", ["--out", "my/run", "--overwrite"])):
+        assert tinynerf.main(["train", "sphere", "--steps", steps, "--arch", ARCH] + options) == 0
+        assert os.path.exists(os.path.join(run, "metrics.json")), capsys.readouterr().out
+        capsys.readouterr()
+
+    run = tmp_path / "my" / "run"
+    files = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
+    video = "orbit.mp4" if "orbit.mp4" in files else "orbit.gif"
+    assert files == {"model.npz", "metrics.json", "log.csv", "compare.png", "depth.png", video,
+                     os.path.join("test", "000.png"), os.path.join("test", "001.png")}
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert set(METRICS) <= set(metrics)
+    assert metrics["arch"] == ARCH and metrics["steps"] == 30 and metrics["image_size"] == [24, 24]
+    assert metrics["psnr"] == pytest.approx(np.mean(metrics["psnr_per_view"])) and len(metrics["psnr_per_view"]) == 2
+    assert metrics["split"] == "test" and metrics["seed"] == 0 and metrics["background"] == "white"
+    shown = imageio.imread(run / "test" / "000.png") / 255.0
+    truth = tinynerf.over_white(sphere_views(2, 24, phase=1.0).rgba[0])
+    assert tinynerf.psnr(shown, truth) == pytest.approx(metrics["psnr_per_view"][0], abs=0.1)
+    assert imageio.imread(run / "compare.png").shape == (48, 72, 3)
+    log = (run / "log.csv").read_text().splitlines()
+    assert log[0] == "step,seconds,loss,psnr" and log[-1].startswith("30,")
+    with np.load(run / "model.npz", allow_pickle=False) as file:
+        assert {"table", "params", "occupancy", "info"} <= {name for name in file.files if file[name] is not None}
+
+    assert tinynerf.main(["render", "my/run", "--path", "test", "--out", "frames", "--arch", ARCH]) == 0
+    assert sorted(os.listdir("frames")) == ["0000.png", "0001.png"]
+    assert np.array_equal(imageio.imread("frames/0000.png"), imageio.imread(run / "test" / "000.png"))
+    small = ["--frames", "2", "--size", "20x14", "--out", "orbit"]
+    assert tinynerf.main(["render", "my/run", "--arch", ARCH] + small) == 0
+    assert sorted(os.listdir("orbit")) == ["0000.png", "0001.png"]
+    assert imageio.imread("orbit/0001.png").shape == (14, 20, 3)
+    capsys.readouterr()
+    assert tinynerf.main(["eval", "my/run", "--arch", ARCH]) == 0
+    assert f"{metrics['psnr']:.2f} dB" in capsys.readouterr().out
+    warnings = {str(w.message).strip() for w in recwarn if not issubclass(w.category, DeprecationWarning)}
+    assert not warnings, f"{len(warnings)} warnings on the user's terminal, such as: {min(warnings)[:200]}"
