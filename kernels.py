@@ -313,20 +313,25 @@ def next_sample(origin, direction, t_first, t_last, k, step_length, grid_size, o
     An empty cell is left in one go, by as many whole steps as it takes, so that the points that are tested do not
     depend on the cells between them.
     """
+    start, speed, inverse, ahead = vec3(0.0), vec3(0.0), vec3(0.0), vec3(0.0)      # all in cells
+    for c in ti.static(range(3)):
+        start[c] = origin[c] * grid_size
+        speed[c] = direction[c] * grid_size
+        inverse[c] = 1.0 / ti.select(ti.abs(speed[c]) > 1e-6, speed[c], 1e-6)
+        ahead[c] = ti.select(speed[c] > 0.0, 1.0, 0.0)
     found = END
     t = t_first + k * step_length
     while found == END and t < t_last:
-        p = origin + t * direction
-        cell = ti.Vector([cell_of(p[0], grid_size), cell_of(p[1], grid_size), cell_of(p[2], grid_size)])
+        cell = ti.Vector([0, 0, 0])
+        t_exit = 1e30
+        for c in ti.static(range(3)):
+            p = start[c] + t * speed[c]
+            cell[c] = ti.math.clamp(ti.cast(ti.floor(p), ti.i32), 0, grid_size - 1)
+            t_exit = ti.min(t_exit, ti.abs((cell[c] + ahead[c] - p) * inverse[c]))     # far away where speed is 0
         bit = (cell[2] * grid_size + cell[1]) * grid_size + cell[0]
         if (occupancy[bit >> 5] >> ti.u32(bit & 31)) & ti.u32(1) == ti.u32(1):
             found = k
         else:
-            t_exit = 1e30
-            for c in ti.static(range(3)):
-                if ti.abs(direction[c]) > 1e-9:
-                    wall = (cell[c] + ti.select(direction[c] > 0.0, 1.0, 0.0)) / grid_size
-                    t_exit = ti.min(t_exit, (wall - p[c]) / direction[c])
             k += ti.max(1, ti.cast(ti.ceil(t_exit / step_length), ti.i32))
             t = t_first + k * step_length
     return found
@@ -554,8 +559,8 @@ def hash_encode_backward(n_levels: ti.i32, n_chunks: ti.i32, counter: i32buf, le
                             ti.atomic_add(grad_table[at], w * g[c])
 
 
-# ---- MLP. A hidden layer is y = relu(x W), 64 wide; an output layer y = x W, 16 wide; neither has a bias. The weights live
-# flat in `params`, where Adam and the files want them; before use they are copied into rows, W and its transpose.
+# ---- MLP. A hidden layer is y = relu(x W), 64 wide; an output layer y = x W, 16 wide; neither has a bias. The weights
+# live flat in `params`, where Adam and the files want them; before use they are copied into rows, W and its transpose.
 # grad_y of a hidden layer means "before its ReLU": whoever writes it has already set it to zero where y is zero.
 
 @ti.kernel

@@ -1081,9 +1081,12 @@ def test_kernel_signatures():
                 assert re.search(rf"\b{a}\b", function.__doc__), f"the docstring of {name} does not explain {a}"
 
 
-@pytest.mark.skipif(ARCH != "vulkan", reason="needs Taichi on Vulkan: runs with TINYNERF_ARCH=vulkan")
-def test_kernels_are_portable(tmp_path):
+def test_kernels_are_portable(tmp_path, restart_taichi):
     """A kernel is more than one dispatch, captures a field, or uses more than 8 storage buffers."""
+    try:
+        tinynerf.start_taichi("vulkan")
+    except tinynerf.UserError:
+        pytest.skip("Taichi compiles for Vulkan only where there is a driver (Debian: mesa-vulkan-drivers)")
     module = ti.aot.Module(ti.vulkan)
     for kernel in KERNELS.values():
         module.add_kernel(kernel)

@@ -56,9 +56,9 @@ READ_EVERY = 16                 # steps between two looks of the host at the cou
 # hash_chunks: writers per level of the hash gradient; seconds or steps: of a training run; frames: of its video.
 MACHINES = {
     "cpu": dict(batch=2**15, rays=2**15, table=2**16, grid=128, train_steps=256, render_steps=512, refresh=8, block=16,
-                chunk=128, hash_chunks=1, seconds=90, frames=60),
+                chunk=128, hash_chunks=1, seconds=90, frames=48),
     "gpu": dict(batch=2**18, rays=2**18, table=2**19, grid=128, train_steps=1024, render_steps=1024, refresh=2,
-                block=128, chunk=512, hash_chunks=2**18, steps=10000, frames=120),
+                block=128, chunk=512, hash_chunks=2**18, steps=10000, frames=96),
 }
 
 # The MLPs' layers: name, inputs, outputs. Their weights lie one after the other in `params`.
@@ -668,9 +668,9 @@ def write_frames(path, frames, n_frames):
             bar.update(task, advance=1)
     part = os.path.splitext(path)[0] + ".part" + os.path.splitext(path)[1]
     if path.endswith(".mp4"):
-        imageio.imwrite(part, images, fps=30, codec="libx264", quality=8, macro_block_size=2, plugin="FFMPEG")
+        imageio.imwrite(part, images, fps=24, codec="libx264", quality=8, macro_block_size=2, plugin="FFMPEG")
     else:
-        imageio.imwrite(part, images, duration=1000 / 30, loop=0)
+        imageio.imwrite(part, images, duration=1000 / 24, loop=0)
     os.replace(part, path)
     return path
 
@@ -855,7 +855,7 @@ def command_render(args):
     m, info, cameras = load_model(args.run, "cpu" if arch == "cpu" else "gpu")
     old_size = info["width"], info["height"]
     size = args.size or old_size
-    path = cameras["test"] if args.path == "test" else orbit_cameras(cameras["train"], args.frames or 120)
+    path = cameras["test"] if args.path == "test" else orbit_cameras(cameras["train"], args.frames or 96)
     path = path[:args.frames]
     frames = (to_bytes(render_view(m, resize_camera(camera, old_size, size), *size)[0]) for camera in path)
     out = args.out or os.path.join(args.run, "render.mp4" if args.path == "orbit" else "render_test")
@@ -909,7 +909,7 @@ def parse_args(argv):
     parser_render = commands.add_parser("render", help="render a trained model")
     parser_render.add_argument("run", help="run folder")
     parser_render.add_argument("--path", choices=("orbit", "test"), default="orbit", help="which cameras")
-    parser_render.add_argument("--frames", type=positive(int), help="how many (default: 120, or all test views)")
+    parser_render.add_argument("--frames", type=positive(int), help="how many (default: 96, or all test views)")
     parser_render.add_argument("--size", type=size, metavar="WxH", help="image size (default: the training images')")
     parser_render.add_argument("--out", help=".mp4, .gif or a folder for PNGs (default: in the run folder)")
     parser_eval = commands.add_parser("eval", help="measure a trained model on its held-out views")
