@@ -171,7 +171,8 @@ def scattered_cell(t, grid_size):
     """The t-th cell of a walk over all cells: runs of 32 neighbours, whose table slots are neighbours too, and the
     runs in scattered order, since multiplying by an odd number permutes the numbers below a power of two."""
     n_runs = ti.u32(grid_size * grid_size * grid_size // 32)
-    return ti.cast(((ti.u32(t) >> 5) * ti.u32(2654435761) & (n_runs - ti.u32(1))) << 5 | (ti.u32(t) & ti.u32(31)), ti.i32)
+    run = (ti.u32(t) >> 5) * ti.u32(2654435761) & (n_runs - ti.u32(1))
+    return ti.cast(run << 5 | (ti.u32(t) & ti.u32(31)), ti.i32)
 
 
 @ti.kernel
@@ -383,8 +384,8 @@ def scan_blocks(n_rays: ti.i32, block: ti.i32, capacity: ti.i32, block_start: i3
     """Second part: sums become starts (exclusive scan), up to the first block that does not fit into the buffers.
 
     block_start  [ceil(n_rays / block)]  in-out  first sample of the block; -1 from the first that does not fit
-    counter      [4]                     in-out  [0] samples, [1] rays of the blocks that fit; [2], [3] running totals of
-                                                 dropped rays and of samples, which wrap around (the host takes
+    counter      [4]                     in-out  [0] samples, [1] rays of the blocks that fit; [2], [3] running totals
+                                                 of dropped rays and of samples, which wrap around (the host takes
                                                  differences)
     thread       a single one
     """
@@ -912,7 +913,7 @@ def loss_and_gradient(n_rays: ti.i32, random_background: ti.i32, seed: ti.i32, s
     images have alpha (a wrong opacity then shows against some colors), white otherwise.
     counter     [4]                  in
     ray_pixel   [n_rays]             in
-    image       [n_views * pixels]   in    one word per pixel: red in the lowest byte, then green, blue, alpha (straight)
+    image       [n_views * pixels]   in    one word a pixel: red in the lowest byte, then green, blue, straight alpha
     ray_span    [n_rays, 2]          in    [0] < 0 where the ray was dropped
     pixel       [n_rays, 4]          in    from composite_forward
     loss        [n_rays]             out   |color - target|^2 / 3; 0 where dropped

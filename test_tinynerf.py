@@ -31,8 +31,10 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 F = k.N_FEATURES
 
 # A machine small enough for a renderer in software. The chunk is odd, so that batches do not end with one.
-TINY = dict(batch=1024, rays=512, table=2**13, grid=32, train_steps=32, render_steps=32, refresh=4, block=16,
-            chunk=100, hash_chunks=1 if ON_CPU else 512, seconds=1, steps=30, frames=3)
+TINY = dict(batch=1024, rays=512, coarsest=8, finest=8 * 2 ** (tinynerf.N_LEVELS - 1), table=2**13, grid=32,
+            train_steps=32, render_steps=32, refresh=4, block=16, chunk=100, hash_chunks=1 if ON_CPU else 512,
+            seconds=1, steps=30, frames=3)
+COARSE = dict(coarsest=4, finest=4 * 2 ** (tinynerf.N_LEVELS - 1), table=512)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -53,11 +55,9 @@ def rng():
 
 
 @pytest.fixture
-def coarse(monkeypatch):
+def coarse():
     """Grid levels of 4, 8 and 16 cells: with 512 slots the first is dense and the others are hashed."""
-    monkeypatch.setattr(tinynerf, "BASE_RESOLUTION", 4)
-    monkeypatch.setattr(tinynerf, "FINEST_RESOLUTION", 4 * 2 ** (tinynerf.N_LEVELS - 1))
-    return tinynerf.level_layout(3, 512)
+    return tinynerf.level_layout(COARSE, 3)
 
 
 def assert_close(name, got, want, rtol):
@@ -410,17 +410,17 @@ def test_march_in_waves(rng):
 
 def test_level_layout(monkeypatch):
     """The table's layout has changed: models that were saved would not load."""
-    for name, value in dict(N_LEVELS=8, BASE_RESOLUTION=16, FINEST_RESOLUTION=2048).items():
-        monkeypatch.setattr(tinynerf, name, value)
+    monkeypatch.setattr(tinynerf, "N_LEVELS", 8)
+    settings = dict(coarsest=16, finest=2048)
     # Resolutions 16 * 128^(l/7) = 16 * 2^l. 17^3 = 4913 and 33^3 = 35937 fit into 2^17 = 131072, 65^3 = 274625 not.
-    layout = tinynerf.level_layout(8, 2**17)
+    layout = tinynerf.level_layout({**settings, "table": 2**17}, 8)
     assert layout[:, 0].tolist() == [16, 32, 64, 128, 256, 512, 1024, 2048]
     assert layout[:, 1].tolist() == [0, 4913, 40850] + [40850 + 131072 * l for l in range(1, 6)]
     assert layout[:, 2].tolist() == [4913, 35937] + 6 * [131072]
     assert layout[:, 3].tolist() == [0, 0] + 6 * [1]
     # 2^19 = 524288 holds 65^3 as well, but not 129^3 = 2146689; 4096 slots hold none.
-    assert tinynerf.level_layout(8, 2**19)[:, 3].tolist() == [0, 0, 0] + 5 * [1]
-    assert tinynerf.level_layout(8, 4096)[:, 3].tolist() == 8 * [1]
+    assert tinynerf.level_layout({**settings, "table": 2**19}, 8)[:, 3].tolist() == [0, 0, 0] + 5 * [1]
+    assert tinynerf.level_layout({**settings, "table": 4096}, 8)[:, 3].tolist() == 8 * [1]
 
 
 @ti.kernel
@@ -761,7 +761,7 @@ def test_loss(rng, random_background):
 
 def test_adam(rng, coarse):
     """The optimiser is not Adam, moves entries that have no gradient, or leaves gradients for the next step."""
-    m = tinynerf.Model({**TINY, "batch": 64, "rays": 16, "table": 512, "grid": 16}, 3)
+    m = tinynerf.Model({**TINY, "batch": 64, "rays": 16, "grid": 16, **COARSE}, 3)
     m.initialize(0)
     for name in ("table", "params"):
         param, grad = getattr(m, name), getattr(m, "grad_" + name)
@@ -801,7 +801,7 @@ def field_model(layout, table, W, sample, direction):
 def test_full_gradient(rng, coarse):
     """forward() and backward() launch the wrong kernel, or a kernel on the wrong buffer, or in the wrong order."""
     width, n_rays, step_length = 9, 50, math.sqrt(3) / 54
-    settings = {**TINY, "batch": 600, "rays": n_rays, "table": 512, "grid": 16}
+    settings = {**TINY, "batch": 600, "rays": n_rays, "grid": 16, **COARSE}
     m, W, first = tinynerf.Model(settings, 3), {}, 0
     camera = look_at([1.6, 0.9, 1.1], [0.5, 0.5, 0.5], 8, width, width)
     for name, n_in, n_out in tinynerf.LAYERS:
@@ -903,18 +903,16 @@ def train_sphere(seed, steps):
 
 
 @pytest.fixture
-def small_levels(monkeypatch):
-    """Constants that suit 32x32 pixels, so that what is stored here outlives their tuning, and a look at the loss after
-    every step."""
-    for name, value in dict(BASE_RESOLUTION=8, FINEST_RESOLUTION=8 * 2 ** (tinynerf.N_LEVELS - 1), DECAY=0.95,
-                            LEARNING_RATE=1e-2, FINAL_RATE=1e-3, READ_EVERY=1).items():
+def steady(monkeypatch):
+    """Constants at which what is stored here outlives their tuning, and a look at the loss after every step."""
+    for name, value in dict(DECAY=0.95, LEARNING_RATE=1e-2, FINAL_RATE=1e-3, READ_EVERY=1).items():
         monkeypatch.setattr(tinynerf, name, value)
 
 
 FIRST_LOSSES = [0.065440, 0.066968, 0.054090, 0.054233, 0.070473, 0.056614, 0.063154, 0.052266, 0.056346, 0.050918]
 
 
-def test_train_tiny(small_levels, tmp_path):
+def test_train_tiny(steady, tmp_path):
     """Training is not what it was, does not reach its quality, or reaches one that cannot be true; or a saved model
     renders another picture than the one that was trained."""
     m, losses, total = train_sphere(0, 250)
@@ -926,7 +924,7 @@ def test_train_tiny(small_levels, tmp_path):
     print(f"psnr {metrics['psnr']:.2f} dB, ssim {metrics['ssim']:.4f}")
     assert 20 < metrics["psnr"] < 26                 # all white: 13; it cannot know the test views' pixels better
 
-    info = dict(n_levels=3, settings={name: TINY[name] for name in ("table", "grid", "train_steps", "render_steps")})
+    info = dict(n_levels=3, settings={name: TINY[name] for name in tinynerf.STORED})
     tinynerf.save_model(str(tmp_path / "model.npz"), m, info, dict(test=test.camera))
     loaded, loaded_info, cameras = tinynerf.load_model(str(tmp_path), "cpu" if ON_CPU else "gpu")
     assert loaded_info == info and np.array_equal(cameras["test"], test.camera)
@@ -935,7 +933,7 @@ def test_train_tiny(small_levels, tmp_path):
         assert np.array_equal(got, want)
 
 
-def test_repeat(small_levels):
+def test_repeat(steady):
     """Two runs of one seed differ, or two seeds do not."""
     (a, loss_a, _), (b, loss_b, _), (c, loss_c, _) = (train_sphere(seed, 20) for seed in (0, 0, 1))
     assert np.abs(loss_c - loss_a).max() > 1e-3 and np.abs(a.params.to_numpy() - c.params.to_numpy()).max() > 0.01
@@ -1211,7 +1209,7 @@ def test_model_mistakes(mistake, monkeypatch, tmp_path):
     monkeypatch.setattr(tinynerf, "MACHINES", {"cpu": TINY, "gpu": TINY})
     m, run = tinynerf.Model(TINY), tmp_path / "run"
     run.mkdir()
-    settings = {name: TINY[name] for name in ("table", "grid", "train_steps", "render_steps")}
+    settings = {name: TINY[name] for name in tinynerf.STORED}
     info = dict(n_levels=m.n_levels, settings=settings, width=8, height=8, downscale=1, scene="nowhere")
     cameras = dict(train=sphere_views(3).camera, test=sphere_views(2).camera)
     for command in ("render", "eval"):

@@ -15,13 +15,16 @@ import math
 import os
 import platform
 import re
+import shutil
 import sys
 import tempfile
 import time
 import types
 
 if sys.version_info >= (3, 14):
-    sys.exit("tinynerf: Taichi has no build for Python 3.14 or newer\n          make the environment with Python 3.9 to 3.13")
+    print("tinynerf: Taichi has no build for Python 3.14 or newer\n"
+          "          make the virtual environment with Python 3.9 to 3.13", file=sys.stderr)
+    sys.exit(2)
 os.environ.setdefault("ENABLE_TAICHI_HEADER_PRINT", "False")
 try:
     import imageio.v3 as imageio
@@ -40,8 +43,7 @@ VERSION = "0.1"
 # Scene and model: the same on every machine
 BOX_SIDE = 3.0                  # Blender scenes live in the box of +-1.5 around the origin
 NEAR = 0.05                     # nearest sample, in world units: nothing is seen through the lens's own fog
-N_LEVELS = 8                    # levels of the hash grid, from BASE_RESOLUTION to FINEST_RESOLUTION cells per side
-BASE_RESOLUTION, FINEST_RESOLUTION = 16, 512
+N_LEVELS = 8                    # of the hash grid
 TABLE_BOUND = 1e-4              # initial table entries: U(+-1e-4)
 LEARNING_RATE, FINAL_RATE = 1e-2, 1e-3     # decays exponentially from the one to the other
 BETA_1, BETA_2, EPSILON = 0.9, 0.99, 1e-15
@@ -49,17 +51,20 @@ EMPTY_ALPHA = 0.01              # a cell whose steps are less opaque than this c
 DECAY = 0.2                     # of a cell's density, each time it is looked at: every few hundred steps
 READ_EVERY = 16                 # steps between two looks of the host at the counters
 
-# What depends on the machine. batch: samples per step; rays: most rays in flight; table: slots per level;
-# grid: occupancy cells per side; train_steps, render_steps: samples along the box's diagonal (training jitters them, so
-# that coarse steps find thin parts in the mean; a picture needs finer ones); refresh: steps between two updates of the
-# occupancy grid, `batch` cells each; block: rays per thread of the scan; chunk: samples per partial weight gradient;
+# What depends on the machine. batch: samples per step; rays: most rays in flight; coarsest, finest: cells per side of
+# the first and the last level of the hash grid (no finer than the pixels); table: slots per level; grid: occupancy
+# cells per side; train_steps, render_steps: samples along the box's diagonal (training jitters them, so that coarse
+# steps find thin parts in the mean; a picture needs finer ones); refresh: steps between two updates of the occupancy
+# grid, `batch` cells each; block: rays per thread of the scan; chunk: samples per partial weight gradient;
 # hash_chunks: writers per level of the hash gradient; seconds or steps: of a training run; frames: of its video.
 MACHINES = {
-    "cpu": dict(batch=2**15, rays=2**15, table=2**16, grid=128, train_steps=256, render_steps=512, refresh=8, block=16,
-                chunk=128, hash_chunks=1, seconds=90, frames=48),
-    "gpu": dict(batch=2**18, rays=2**18, table=2**19, grid=128, train_steps=1024, render_steps=1024, refresh=2,
-                block=128, chunk=512, hash_chunks=2**18, steps=10000, frames=96),
+    "cpu": dict(batch=2**15, rays=2**15, coarsest=16, finest=512, table=2**16, grid=128, train_steps=256,
+                render_steps=512, refresh=8, block=16, chunk=128, hash_chunks=1, seconds=90, frames=48),
+    "gpu": dict(batch=2**18, rays=2**18, coarsest=16, finest=2048, table=2**19, grid=128, train_steps=1024,
+                render_steps=1024, refresh=2, block=128, chunk=512, hash_chunks=2**18, steps=10000, frames=96),
 }
+
+STORED = ("coarsest", "finest", "table", "grid", "train_steps", "render_steps")     # what a model's file says of them
 
 # The MLPs' layers: name, inputs, outputs. Their weights lie one after the other in `params`.
 LAYERS = [("density_1", N_LEVELS * k.N_FEATURES, k.WIDTH), ("density_2", k.WIDTH, k.OUTPUT),
@@ -88,7 +93,7 @@ def read_image(path):
             raise ValueError(f"unexpected format {image.dtype} {image.shape}")
     except Exception as error:                       # decoders raise OSError, SyntaxError, ValueError, struct.error ...
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"cannot read the image {path}: {reason}", "is the file complete? replace it or remove its frame")
+        raise UserError(f"cannot read the image {path}: {reason}", "is it complete? replace it or remove its frame")
     color = image[..., :-1] if image.shape[2] in (2, 4) else image
     alpha = image[..., -1:] if image.shape[2] in (2, 4) else np.full(image.shape[:2] + (1,), 255, np.uint8)
     return np.concatenate([np.broadcast_to(color, image.shape[:2] + (3,)), alpha], 2)
@@ -150,7 +155,7 @@ def load_views(folder, split, downscale=1):
                             f"{images[0].shape[1]}x{images[0].shape[0]}", "all images of a scene must have one size")
     full_height, full_width = images[0].shape[:2]
     if min(full_height, full_width) // downscale < 1:
-        raise UserError(f"--downscale {downscale} leaves nothing of {full_width}x{full_height} pixels", "use a smaller one")
+        raise UserError(f"--downscale {downscale} leaves nothing of {full_width}x{full_height} pixels", "use less")
     if downscale > 1:
         images = [downscale_image(image, downscale) for image in images]
     rgba = np.stack(images)
@@ -171,7 +176,7 @@ def load_scene(folder, downscale=1):
     Held out is "test", else "val"; where there is neither, every 8th training view is left out of the training.
     """
     if not os.path.isdir(folder):
-        raise UserError(f"no such folder: {folder}", "the scene that comes along is data/lego; data/README.md lists others")
+        raise UserError(f"no such folder: {folder}", "data/lego comes along; data/README.md lists others")
     train = load_views(folder, "train", downscale)
     if train is None:
         raise UserError(f"no transforms_train.json in {folder}", "data/README.md says how a scene is laid out")
@@ -198,16 +203,15 @@ def over_white(rgba):
 
 # ---- Model: every buffer, and the lists of launches -----------------------------------------------------------------
 
-def level_layout(n_levels, table_slots):
+def level_layout(settings, n_levels=N_LEVELS):
     """[n_levels, 4] i32 for the hash kernels: resolution, first slot, number of slots, 1 if hashed.
 
     Resolutions grow geometrically (instant-ngp, equation 3); n_levels < N_LEVELS leaves out the finest. A level whose
-    (resolution + 1)^3 vertices fit into table_slots is stored densely, the others are hashed into table_slots (a power
-    of two).
+    (resolution + 1)^3 vertices fit into `table` slots is dense; the others are hashed into so many (a power of two).
     """
-    rows, first = [], 0
+    coarsest, table_slots, rows, first = settings["coarsest"], settings["table"], [], 0
     for l in range(n_levels):
-        resolution = round(BASE_RESOLUTION * (FINEST_RESOLUTION / BASE_RESOLUTION) ** (l / (N_LEVELS - 1)))
+        resolution = round(coarsest * (settings["finest"] / coarsest) ** (l / (N_LEVELS - 1)))
         dense = (resolution + 1) ** 3 <= table_slots
         rows.append((resolution, first, (resolution + 1) ** 3 if dense else table_slots, 0 if dense else 1))
         first += rows[-1][2]
@@ -221,7 +225,7 @@ class Model:
         """settings: an entry of MACHINES. A model that only renders (training=False) has no gradients."""
         self.settings, self.n_levels = settings, n_levels
         n, n_rays, cells = settings["batch"], settings["rays"], settings["grid"] ** 3
-        layout = level_layout(n_levels, settings["table"])
+        layout = level_layout(settings, n_levels)
         n_slots = int(layout[:, 2].sum())
         self.n_entries = n_slots * k.N_FEATURES
         self.n_params = sum(n_in * n_out for _, n_in, n_out in LAYERS)
@@ -316,7 +320,8 @@ def march(m, n_rays, limit, step_length):
     k.sum_counts(n_rays, block, m.ray_span, m.block_start)
     k.scan_blocks(n_rays, block, m.settings["batch"], m.block_start, m.counter)
     k.claim_spans(n_rays, block, m.block_start, m.ray_span)
-    k.write_samples(n_rays, limit, step_length, grid, m.ray, m.ray_step, m.occupancy, m.ray_span, m.sample, m.sample_ray)
+    k.write_samples(n_rays, limit, step_length, grid, m.ray, m.ray_step, m.occupancy, m.ray_span, m.sample,
+                    m.sample_ray)
 
 
 def density_forward(m, counter):
@@ -389,7 +394,8 @@ def update_occupancy(m, n_cells, first, seed, step):
     density_forward(m, m.cell_counter)
     k.update_density_grid(n_cells, first, grid, DECAY, m.rgb_sigma, m.density_grid)
     k.sum_density_grid(grid**3, 1024, m.density_grid, m.block_density)
-    k.find_threshold(grid**3 // 1024, EMPTY_ALPHA * m.settings["train_steps"] / math.sqrt(3.0), m.block_density, m.threshold)
+    k.find_threshold(grid**3 // 1024, EMPTY_ALPHA * m.settings["train_steps"] / math.sqrt(3.0), m.block_density,
+                     m.threshold)
     k.pack_occupancy(grid**3 // 32, m.density_grid, m.threshold, m.occupancy)
 
 
@@ -550,8 +556,8 @@ def evaluate(m, views, each=lambda i, rgb, depth, truth: None):
 # ---- Files: the model, pictures, the video --------------------------------------------------------------------------
 
 def save_model(path, m, info, cameras):
-    """Write everything that rendering needs to an .npz: table, params, occupancy, info (a dict, as JSON) and cameras
-    (a dict of arrays [n, 16] in world units, stored as camera_<name>). Written beside and moved, so never half there."""
+    """Write all that rendering needs to an .npz: table, params, occupancy, info (a dict, as JSON) and cameras (a dict
+    of arrays [n, 16] in world units, stored as camera_<name>). Written beside and then moved, so never half there."""
     arrays = dict(table=m.table.to_numpy(), params=m.params.to_numpy(), occupancy=m.occupancy.to_numpy(),
                   info=np.array(json.dumps(info)), **{f"camera_{name}": camera for name, camera in cameras.items()})
     with open(path + ".part", "wb") as file:
@@ -752,7 +758,7 @@ def run_folder(out, scene, overwrite):
             number += 1
             out = os.path.join("runs", f"{name}-{number}")
     elif os.path.exists(out):
-        is_run = os.path.isdir(out) and (not os.listdir(out) or os.path.exists(os.path.join(out, "metrics.json")))
+        is_run = os.path.isdir(out) and (not os.listdir(out) or os.path.exists(os.path.join(out, "log.csv")))
         if not overwrite:
             raise UserError(f"{out} exists", "choose another --out, or replace it with --overwrite")
         if not is_run:
@@ -799,7 +805,7 @@ def command_train(args):
 
     info = dict(version=VERSION, scene=os.path.abspath(args.scene), downscale=args.downscale, n_levels=m.n_levels,
                 width=train_views.width, height=train_views.height, split=split,
-                settings={name: settings[name] for name in ("table", "grid", "train_steps", "render_steps")})
+                settings={name: settings[name] for name in STORED})
     save_model(os.path.join(out, "model.npz"), m, info, dict(train=train_views.camera, test=test_views.camera))
 
     metrics = measure(m, test_views, out)
@@ -819,7 +825,8 @@ def command_train(args):
           f"| {os.path.basename(os.path.abspath(args.scene))} | {metrics['psnr']:.2f} dB | {metrics['ssim']:.4f} "
           f"| {metrics['n_views']} {split}, white | {views.width}x{views.height} | {total['steps']} "
           f"| {total['train_seconds']:.1f} | {total['compile_seconds']:.1f} "
-          f"| {metrics['samples_per_second'] / 1e6:.2f} | {metrics['render_seconds_per_view']:.2f} | {arch}, {device} |")
+          f"| {metrics['samples_per_second'] / 1e6:.2f} | {metrics['render_seconds_per_view']:.2f} "
+          f"| {arch}, {device} |")
     print(f"{total['rays_dropped']} of {total['rays'] + total['rays_dropped']} rays dropped; "
           f"{metrics['buffer_mb']:.0f} MB of buffers; everything is in {out}")
 
@@ -842,7 +849,8 @@ def measure(m, views, out=None):
             bar.update(task, advance=1)
 
         if out is not None:
-            os.makedirs(os.path.join(out, "test"), exist_ok=True)
+            shutil.rmtree(os.path.join(out, "test"), ignore_errors=True)     # of a run that this one overwrites
+            os.makedirs(os.path.join(out, "test"))
         metrics = evaluate(m, views, each)
     if out is not None:
         imageio.imwrite(os.path.join(out, "compare.png"), to_bytes(np.concatenate(rows)))
@@ -871,8 +879,9 @@ def command_eval(args):
     m, info, _ = load_model(args.run, "cpu" if arch == "cpu" else "gpu")
     _, views, split = load_scene(args.scene or info["scene"], info["downscale"])
     metrics = measure(m, views)
-    print(f"{metrics['psnr']:.2f} dB, SSIM {metrics['ssim']:.4f} on {metrics['n_views']} views ({split}, white background, "
-          f"{views.width}x{views.height}), {metrics['render_seconds_per_view']:.2f} s a view on {arch} ({device})")
+    print(f"{metrics['psnr']:.2f} dB, SSIM {metrics['ssim']:.4f} on {metrics['n_views']} views ({split}, white "
+          f"background, {views.width}x{views.height}), {metrics['render_seconds_per_view']:.2f} s a view "
+          f"on {arch} ({device})")
 
 
 def parse_args(argv):
@@ -889,6 +898,11 @@ def parse_args(argv):
             return value
         return parse
 
+    def seed(text):
+        if not -2**31 <= int(text) < 2**31:
+            raise argparse.ArgumentTypeError(f"{text} does not fit into 32 bits")
+        return int(text)
+
     def size(text):
         match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text)
         if not match or not int(match[1]) or not int(match[2]):
@@ -904,7 +918,7 @@ def parse_args(argv):
     length.add_argument("--steps", type=positive(int), help="train for so many steps; repeats exactly on a CPU")
     length.add_argument("--seconds", type=positive(float), help="train for so long (default on a CPU: 90)")
     parser_train.add_argument("--downscale", type=positive(int), default=1, metavar="K", help="average KxK pixels")
-    parser_train.add_argument("--seed", type=int, default=0, help="of every random number")
+    parser_train.add_argument("--seed", type=seed, default=0, help="of every random number")
     parser_train.add_argument("--overwrite", action="store_true", help="replace the run folder --out if it exists")
     parser_render = commands.add_parser("render", help="render a trained model")
     parser_render.add_argument("run", help="run folder")
@@ -928,6 +942,9 @@ def main(argv=None):
     except UserError as error:
         print(f"tinynerf: {error}\n          {error.hint}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("tinynerf: interrupted", file=sys.stderr)
+        return 130
     return 0
 
 
