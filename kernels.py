@@ -158,7 +158,8 @@ def generate_rays(n_rays: ti.i32, width: ti.i32, height: ti.i32, near: ti.f32, s
         ray_step[r] = 0
 
 
-# ---- Occupancy grid: which of grid_size^3 cells may hold something (instant-ngp, section E.2)
+# ---- Occupancy grid: which of grid_size^3 cells may hold something (instant-ngp, section E.2). Cells are numbered brick
+# by brick, 4x4x2 cells each: a brick is one u32 word of the packed bits, and a ray leaves an empty one in one go.
 
 @ti.func
 def cell_of(x, resolution):
@@ -167,12 +168,27 @@ def cell_of(x, resolution):
 
 
 @ti.func
+def cell_number(x, y, z, grid_size):
+    """Number of a cell from its i32 coordinates; grid_size is a power of two and at least 4."""
+    n = grid_size >> 2
+    return (((z >> 1) * n + (y >> 2)) * n + (x >> 2)) << 5 | (z & 1) << 4 | (y & 3) << 2 | (x & 3)
+
+
+@ti.func
+def cell_corner(number, grid_size):
+    """Coordinates of a cell's lower corner, in cells: the inverse of cell_number."""
+    brick, n = number >> 5, grid_size >> 2
+    return vec3(brick % n * 4 + (number & 3), brick // n % n * 4 + (number >> 2 & 3),
+                brick // (n * n) * 2 + (number >> 4 & 1))
+
+
+@ti.func
 def scattered_cell(t, grid_size):
-    """The t-th cell of a walk over all cells: runs of 32 neighbours, whose table slots are neighbours too, and the
-    runs in scattered order, since multiplying by an odd number permutes the numbers below a power of two."""
-    n_runs = ti.u32(grid_size * grid_size * grid_size // 32)
-    run = (ti.u32(t) >> 5) * ti.u32(2654435761) & (n_runs - ti.u32(1))
-    return ti.cast(run << 5 | (ti.u32(t) & ti.u32(31)), ti.i32)
+    """The t-th cell of a walk over all cells: brick after brick, whose table slots are neighbours, but the bricks in
+    scattered order, since multiplying by an odd number permutes the numbers below a power of two."""
+    n_bricks = ti.u32(grid_size * grid_size * grid_size // 32)
+    brick = (ti.u32(t) >> 5) * ti.u32(2654435761) & (n_bricks - ti.u32(1))
+    return ti.cast(brick << 5 | (ti.u32(t) & ti.u32(31)), ti.i32)
 
 
 @ti.kernel
@@ -182,11 +198,11 @@ def mark_visible_cells(grid_size: ti.i32, n_views: ti.i32, width: ti.i32, height
 
     A cell counts as seen if the sphere around it touches the pyramid of view.
     camera        [n_views, 16]   in    see generate_rays
-    density_grid  [grid_size^3]   out   UNKNOWN where a camera sees the cell, -1 elsewhere; x varies fastest
+    density_grid  [grid_size^3]   out   UNKNOWN where a camera sees the cell, -1 elsewhere
     thread        one per cell
     """
     for t in range(grid_size * grid_size * grid_size):
-        center = (vec3(t % grid_size, t // grid_size % grid_size, t // (grid_size * grid_size)) + 0.5) / grid_size
+        center = (cell_corner(t, grid_size) + 0.5) / grid_size
         radius = 0.8660254 / grid_size
         seen = 0
         view = 0
@@ -222,8 +238,7 @@ def place_cell_samples(n: ti.i32, first: ti.i32, grid_size: ti.i32, seed: ti.i32
     thread   one per cell
     """
     for t in range(n):
-        cell = scattered_cell(first + t, grid_size)
-        corner = vec3(cell % grid_size, cell // grid_size % grid_size, cell // (grid_size * grid_size))
+        corner = cell_corner(scattered_cell(first + t, grid_size), grid_size)
         for c in ti.static(range(3)):
             sample[4 * t + c] = (corner[c] + random_f32(seed, STREAM_CELL + c, step, t)) / grid_size
         sample[4 * t + 3] = 0.0
@@ -291,7 +306,7 @@ def find_threshold(n_blocks: ti.i32, limit: ti.f32, block_density: f32buf, thres
 def pack_occupancy(n_words: ti.i32, density_grid: f32buf, threshold: f32buf, occupancy: u32buf):
     """One bit per cell: is its density above the threshold?
 
-    density_grid  [32 n_words]  in
+    density_grid  [32 n_words]  in    numbered brick by brick
     threshold     [1]           in
     occupancy     [n_words]     out   bit c of word w is cell 32 w + c
     thread        one per word
@@ -311,8 +326,8 @@ def pack_occupancy(n_words: ti.i32, density_grid: f32buf, threshold: f32buf, occ
 def next_sample(origin, direction, t_first, t_last, k, step_length, grid_size, occupancy: ti.template()):
     """The first step index >= k whose point t_first + k step_length `occupancy` knows as occupied; END if none is.
 
-    An empty cell is left in one go, by as many whole steps as it takes, so that the points that are tested do not
-    depend on the cells between them.
+    An empty cell, or a whole empty brick of 4x4x2 cells, is left in one go, by as many whole steps as it takes: the
+    points that are tested do not depend on what lies between them.
     """
     start, speed, inverse, ahead = vec3(0.0), vec3(0.0), vec3(0.0), vec3(0.0)      # all in cells
     for c in ti.static(range(3)):
@@ -324,15 +339,19 @@ def next_sample(origin, direction, t_first, t_last, k, step_length, grid_size, o
     t = t_first + k * step_length
     while found == END and t < t_last:
         cell = ti.Vector([0, 0, 0])
-        t_exit = 1e30
         for c in ti.static(range(3)):
-            p = start[c] + t * speed[c]
-            cell[c] = ti.math.clamp(ti.cast(ti.floor(p), ti.i32), 0, grid_size - 1)
-            t_exit = ti.min(t_exit, ti.abs((cell[c] + ahead[c] - p) * inverse[c]))     # far away where speed is 0
-        bit = (cell[2] * grid_size + cell[1]) * grid_size + cell[0]
-        if (occupancy[bit >> 5] >> ti.u32(bit & 31)) & ti.u32(1) == ti.u32(1):
+            cell[c] = ti.math.clamp(ti.cast(ti.floor(start[c] + t * speed[c]), ti.i32), 0, grid_size - 1)
+        number = cell_number(cell[0], cell[1], cell[2], grid_size)
+        word = occupancy[number >> 5]
+        if (word >> ti.u32(number & 31)) & ti.u32(1) == ti.u32(1):
             found = k
         else:
+            t_exit = 1e30                            # until the next wall of the cell or brick
+            for c in ti.static(range(3)):
+                size = ti.select(word == ti.u32(0), ti.static((4, 4, 2)[c]), 1)
+                wall = (cell[c] & -size) + ahead[c] * size
+                # abs: where speed is next to 0, the wall is far away on either side.
+                t_exit = ti.min(t_exit, ti.abs((wall - start[c] - t * speed[c]) * inverse[c]))
             k += ti.max(1, ti.cast(ti.ceil(t_exit / step_length), ti.i32))
             t = t_first + k * step_length
     return found
