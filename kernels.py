@@ -7,18 +7,21 @@
 Rules that hold for the whole file:
   1. Buffers are flat f32, i32 or u32 arrays. A shape like [n, 4] means row-major: x[4*i + c].
      Only the MLP's activations and weights are arrays of vectors, one row an element: x[i][c].
-  2. A kernel is one parallel loop. The loop index is the thread id; threads of one launch share nothing.
+  2. A kernel is one parallel loop. The loop index is the thread id; threads of one launch do not communicate.
   3. Launches run in order, and all writes of one are visible to the next. There is no other synchronisation.
   4. grad_x has the shape of x. Gradients of parameters accumulate (+=) until adam_step clears them, all others are
      overwritten (=).
   5. A buffer entry has one writer per launch, except where the docstring has an 'atomic' line.
   6. The scene's box is the unit cube: positions are in [0, 1]^3, and lengths and 1/sigma are in units of its side.
+  7. Indices are i32: n_levels * samples, views * pixels, 4 * slots of the table and 8 * rays stay below 2^31.
 Nothing here uses autodiff, 64-bit or 16-bit types, shared memory, subgroups, recursion or captured state.
 
-Index letters: r ray, i sample, l level, j input of a layer, o output of a layer, c component, t thread.
+Index letters: r ray, i sample, k step or sample along a ray, l level, j input and o output of a layer, c component,
+t thread (and distance along a ray, where there is one), b block.
 Counts made on the device stay there: the buffer `counter` [4] i32 holds
-    [0] samples of this launch list    [1] rays that got their samples    [2] rays dropped, [3] samples: running totals
-Unless the docstring says otherwise, "thread one per sample" means counter[0] threads.
+    [0] n_samples, the samples in the buffers now, at most their capacity     [1] rays that got their samples
+    running totals: [2] rays dropped because no room was left (scan_blocks)   [3] samples
+"thread one per sample" means counter[0] threads: elsewhere, launch `capacity` threads and return where i >= counter[0].
 """
 import taichi as ti
 
@@ -49,7 +52,8 @@ STREAM_VIEW, STREAM_PIXEL, STREAM_JITTER, STREAM_BACKGROUND, STREAM_CELL, STREAM
 
 @ti.func
 def hash_u32(x):
-    """PCG's output permutation as a hash of one u32 (Jarzynski and Olano 2020, "Hash Functions for GPU Rendering")."""
+    """PCG as a hash of one u32, a step and the output permutation (Jarzynski and Olano 2020, "Hash Functions for GPU
+    Rendering")."""
     state = x * ti.u32(747796405) + ti.u32(2891336453)
     word = ((state >> ((state >> 28) + ti.u32(4))) ^ state) * ti.u32(277803737)
     return (word >> 22) ^ word
@@ -114,7 +118,7 @@ def generate_rays(n_rays: ti.i32, width: ti.i32, height: ti.i32, near: ti.f32, s
         t_first   = max(near, entry) + u step_length       u random in [0, 1) while training (jitter = 1), 1/2 otherwise
 
     ray_pixel  [n_rays]      in    view * width * height + row * width + column
-    camera     [n_views, 16] in    camera to cube, 3 rows of 4 (R | origin), then fx, fy, cx, cy in pixels
+    camera     [n_views, 16] in    camera to cube, 3 rows of 4 (R | origin), R a rotation; fx, fy, cx, cy in pixels
     ray        [n_rays, 8]   out   origin, t_first, direction (unit length), t_last; t_last < t_first if it misses
     ray_step   [n_rays]      out   0: the next step to march
     pixel      [n_rays, 4]   out   (0, 0, 0, 1): no light gathered yet, all of it still to come
@@ -135,7 +139,7 @@ def generate_rays(n_rays: ti.i32, width: ti.i32, height: ti.i32, near: ti.f32, s
         t_first = near
         t_last = 1e30
         for c in ti.static(range(3)):
-            # A component of exactly 0 never crosses its two planes; a tiny one does so far away, without 0 * inf.
+            # A component of 0 never crosses its two planes: put the crossings far away instead of dividing by 0.
             d = direction[c]
             if ti.abs(d) < 1e-9:
                 d = 1e-9
@@ -158,8 +162,8 @@ def generate_rays(n_rays: ti.i32, width: ti.i32, height: ti.i32, near: ti.f32, s
         ray_step[r] = 0
 
 
-# ---- Occupancy grid: which of grid_size^3 cells may hold something (instant-ngp, section E.2). Cells are numbered brick
-# by brick, 4x4x2 cells each: a brick is one u32 word of the packed bits, and a ray leaves an empty one in one go.
+# ---- Occupancy grid: which of grid_size^3 cells may hold something (instant-ngp, section E.2). Cells are numbered by
+# bricks of 4x4x2: a brick is one u32 word of the packed bits, and a ray leaves an empty one in one go.
 
 @ti.func
 def cell_of(x, resolution):
@@ -184,8 +188,8 @@ def cell_corner(number, grid_size):
 
 @ti.func
 def scattered_cell(t, grid_size):
-    """The t-th cell of a walk over all cells: brick after brick, whose table slots are neighbours, but the bricks in
-    scattered order, since multiplying by an odd number permutes the numbers below a power of two."""
+    """The t-th cell of an endless walk over all cells. Cells of a brick come in a row, since neighbours share
+    hash-table slots; the bricks are scattered: an odd factor permutes the numbers below a power of two."""
     n_bricks = ti.u32(grid_size * grid_size * grid_size // 32)
     brick = (ti.u32(t) >> 5) * ti.u32(2654435761) & (n_bricks - ti.u32(1))
     return ti.cast(brick << 5 | (ti.u32(t) & ti.u32(31)), ti.i32)
@@ -196,7 +200,8 @@ def mark_visible_cells(grid_size: ti.i32, n_views: ti.i32, width: ti.i32, height
                        camera: f32buf, density_grid: f32buf):
     """Cells that no camera sees are marked -1 for good: nothing would ever correct a guess made there.
 
-    A cell counts as seen if the sphere around it touches the pyramid of view.
+    A cell counts as seen unless the sphere around it lies outside one of the pyramid of view's four sides, behind the
+    camera, or nearer than `near`.
     camera        [n_views, 16]   in    see generate_rays
     density_grid  [grid_size^3]   out   UNKNOWN where a camera sees the cell, -1 elsewhere
     thread        one per cell
@@ -216,7 +221,7 @@ def mark_visible_cells(grid_size: ti.i32, n_views: ti.i32, width: ti.i32, height
             f = ti.Vector([camera[m + 12], camera[m + 13]])
             low = ti.Vector([-camera[m + 14], camera[m + 15] - height]) / f        # slopes of the four side planes
             high = ti.Vector([width - camera[m + 14], camera[m + 15]]) / f
-            inside = depth > near - radius
+            inside = depth > -radius and p.norm() > near - radius
             for c in ti.static(range(2)):
                 if p[c] - high[c] * depth > radius * ti.sqrt(1.0 + high[c] * high[c]):
                     inside = False
@@ -231,7 +236,8 @@ def mark_visible_cells(grid_size: ti.i32, n_views: ti.i32, width: ti.i32, height
 @ti.kernel
 def place_cell_samples(n: ti.i32, first: ti.i32, grid_size: ti.i32, seed: ti.i32, step: ti.i32, sample: f32buf,
                        counter: i32buf):
-    """A random point in each of n cells of the scattered walk, as samples for hash_encode_forward and so on.
+    """A random point in each of n cells of the scattered walk, as samples for hash_encode_forward, the density MLP and
+    density_head_forward.
 
     sample   [n, 4]  out   position; the step length is 0, nothing is rendered
     counter  [4]     out   [0] = n; a buffer of its own, not the march's
@@ -253,7 +259,7 @@ def update_density_grid(n: ti.i32, first: ti.i32, grid_size: ti.i32, decay: ti.f
 
     rgb_sigma     [n, 4]         in      [3] = sigma at the points of place_cell_samples
     density_grid  [grid_size^3]  in-out  cells that no camera sees stay -1
-    thread        one per cell of the walk, no cell twice, so each has one writer
+    thread        one per cell of the walk; n <= grid_size^3, so that no cell comes twice and each has one writer
     """
     for t in range(n):
         cell = scattered_cell(first + t, grid_size)
@@ -320,11 +326,14 @@ def pack_occupancy(n_words: ti.i32, density_grid: f32buf, threshold: f32buf, occ
 
 
 # ---- Marching: count each ray's samples, scan the counts into spans, write the samples. Two walks instead of an atomic
-# counter keep the samples in ray order, so that two runs of one seed give the same bits.
+# counter keep the samples in ray order, whatever the order of threads. Training marches each ray to its end; rendering
+# goes in waves: march at most `limit` samples per ray, forward, composite, until no ray has any left. A ray that was
+# dropped for want of room keeps its ray_step: in rendering the next wave takes it.
 
 @ti.func
 def next_sample(origin, direction, t_first, t_last, k, step_length, grid_size, occupancy: ti.template()):
-    """The first step index >= k whose point t_first + k step_length `occupancy` knows as occupied; END if none is.
+    """The first step index >= k whose point, at t_first + k step_length, lies before t_last and in a cell that is set
+    in `occupancy`; END if there is none.
 
     An empty cell, or a whole empty brick of 4x4x2 cells, is left in one go, by as many whole steps as it takes: the
     points that are tested do not depend on what lies between them.
@@ -334,7 +343,7 @@ def next_sample(origin, direction, t_first, t_last, k, step_length, grid_size, o
         start[c] = origin[c] * grid_size
         speed[c] = direction[c] * grid_size
         inverse[c] = 1.0 / ti.select(ti.abs(speed[c]) > 1e-6, speed[c], 1e-6)
-        ahead[c] = ti.select(speed[c] > 0.0, 1.0, 0.0)
+        ahead[c] = ti.select(speed[c] >= 0.0, 1.0, 0.0)
     found = END
     t = t_first + k * step_length
     while found == END and t < t_last:
@@ -350,7 +359,7 @@ def next_sample(origin, direction, t_first, t_last, k, step_length, grid_size, o
             for c in ti.static(range(3)):
                 size = ti.select(word == ti.u32(0), ti.static((4, 4, 2)[c]), 1)
                 wall = (cell[c] & -size) + ahead[c] * size
-                # abs: where speed is next to 0, the wall is far away on either side.
+                # abs: where speed is next to 0, inverse is positive whatever the sign, and the wall is far away.
                 t_exit = ti.min(t_exit, ti.abs((wall - start[c] - t * speed[c]) * inverse[c]))
             k += ti.max(1, ti.cast(ti.ceil(t_exit / step_length), ti.i32))
             t = t_first + k * step_length
@@ -402,7 +411,8 @@ def sum_counts(n_rays: ti.i32, block: ti.i32, ray_span: i32buf, block_start: i32
 def scan_blocks(n_rays: ti.i32, block: ti.i32, capacity: ti.i32, block_start: i32buf, counter: i32buf):
     """Second part: sums become starts (exclusive scan), up to the first block that does not fit into the buffers.
 
-    block_start  [ceil(n_rays / block)]  in-out  first sample of the block; -1 from the first that does not fit
+    block_start  [ceil(n_rays / block)]  in-out  first sample of the block; -1 from the first that does not fit.
+                                                 capacity >= block * limit makes sure that the first does
     counter      [4]                     in-out  [0] samples, [1] rays of the blocks that fit; [2], [3] running totals
                                                  of dropped rays and of samples, which wrap around (the host takes
                                                  differences)
@@ -449,11 +459,11 @@ def claim_spans(n_rays: ti.i32, block: ti.i32, block_start: i32buf, ray_span: i3
 @ti.kernel
 def write_samples(n_rays: ti.i32, limit: ti.i32, step_length: ti.f32, grid_size: ti.i32, ray: f32buf,
                   ray_step: i32buf, occupancy: u32buf, ray_span: i32buf, sample: f32buf, sample_ray: i32buf):
-    """Second walk: the same steps as in count_samples, now written down.
+    """Second walk: the same steps as in count_samples, now written down. A port must round alike in both.
 
     ray         [n_rays, 8]       in
     ray_step    [n_rays]          in-out  step to start from; out: where the next wave goes on (END if the ray got
-                                          less than `limit` samples: there are no more; unchanged if it was dropped)
+                                          fewer than `limit`: it left the box or is opaque; unchanged if dropped)
     occupancy   [grid_size^3/32]  in
     ray_span    [n_rays, 2]       in      from claim_spans
     sample      [capacity, 4]     out     position, step length
@@ -517,6 +527,7 @@ def hash_encode_forward(n_levels: ti.i32, counter: i32buf, level: i32buf, sample
 
         feature[i][F l + c] = sum over the 8 corners v of the cell around i  w_v table[slot_l(v)][c],    F = N_FEATURES
 
+    w_v is corner_weight, slot_l(v) the level's first slot + grid_slot; vertices lie at multiples of 1 / resolution.
     counter  [4]                   in
     level    [n_levels, 4]         in    resolution (cells per side), first slot, number of slots, 1 if hashed
     sample   [n_samples, 4]        in    position
@@ -579,8 +590,9 @@ def hash_encode_backward(n_levels: ti.i32, n_chunks: ti.i32, counter: i32buf, le
                             ti.atomic_add(grad_table[at], w * g[c])
 
 
-# ---- MLP. A hidden layer is y = relu(x W), 64 wide; an output layer y = x W, 16 wide; neither has a bias. The weights
-# live flat in `params`, where Adam and the files want them; before use they are copied into rows, W and its transpose.
+# ---- MLP. A hidden layer is y = relu(x W), 64 wide; an output layer y = x W, 16 wide; neither has a bias. The density
+# MLP is F n_levels -> 64 -> 16, the color MLP 32 -> 64 -> 64 -> 16 (hidden, hidden, output layer). Weights live flat
+# in `params`, where Adam and the files want them; before use they are copied into rows, W and its transpose.
 # grad_y of a hidden layer means "before its ReLU": whoever writes it has already set it to zero where y is zero.
 
 @ti.kernel
@@ -589,7 +601,7 @@ def load_hidden_weights(n_in: ti.i32, first: ti.i32, params: f32buf, weight: row
 
     params    [n_params]   in
     weight    [n_in] rows  out
-    weight_t  [64] rows    out   entries [o][n_in] and up are not written: they stay 0
+    weight_t  [64] rows    out   entries [o][n_in] and up are not written: the host zeroed them
     thread    one per weight
     """
     for t in range(n_in * WIDTH):
@@ -613,7 +625,7 @@ def load_output_weights(first: ti.i32, params: f32buf, weight: rows16, weight_t:
 
 @ti.func
 def row_times_matrix(x: ti.template(), i, n_in, weight: ti.template(), total):
-    """total + sum_j x[i][j] weight[j]: the one inner loop of every layer, forward and backward."""
+    """total + sum_j x[i][j] weight[j]: the inner loop of a layer, and of the gradient of its input."""
     for j in range(n_in):
         total += x[i][j] * weight[j]
     return total
@@ -664,11 +676,11 @@ def hidden_layer_backward_input(x_is_hidden: ti.i32, counter: i32buf, x: rows64,
 def hidden_layer_backward_weight(n_in: ti.i32, chunk: ti.i32, pitch: ti.i32, first: ti.i32, counter: i32buf,
                                  x: rows64, grad_y: rows64, partial: f32buf):
     """grad_W[j] = sum_i x[i][j] grad_y[i], summed here over chunks of samples; sum_partials adds the chunks.
-
+    n_chunks = ceil(counter[0] / chunk), pitch = length of a row of `partial`.
     counter  [4]                    in
     x        [n_samples] rows       in
     grad_y   [n_samples] rows       in
-    partial  [n_chunks, pitch]      out   entries first .. first + 64 n_in of each chunk
+    partial  [n_chunks, pitch]      out   entries [first, first + 64 n_in) of each chunk
     thread   one per (chunk, j): 64 sums in registers; the threads of a chunk share its rows in the cache
     """
     for t in range((counter[0] + chunk - 1) // chunk * n_in):
@@ -717,7 +729,7 @@ def output_layer_backward_weight(chunk: ti.i32, pitch: ti.i32, first: ti.i32, co
     counter  [4]                     in
     x        [n_samples] rows of 64  in
     grad_y   [n_samples] rows of 16  in
-    partial  [n_chunks, pitch]       out   entries first .. first + 16 * 64 of each chunk
+    partial  [n_chunks, pitch]       out   entries [first, first + 16 * 64) of each chunk
     thread   one per (chunk, j)
     """
     for t in range((counter[0] + chunk - 1) // chunk * WIDTH):
@@ -750,7 +762,7 @@ def sum_partials(n_params: ti.i32, chunk: ti.i32, pitch: ti.i32, counter: i32buf
 
 @ti.kernel
 def density_head_forward(counter: i32buf, geometry: rows16, rgb_sigma: f32buf):
-    """sigma[i] = exp(geometry[i][0]), guarded: exp(min(., RAW_SIGMA_MAX)), since e^88 is no f32.
+    """sigma[i] = exp(geometry[i][0]), guarded: exp(min(., RAW_SIGMA_MAX)), since e^89 overflows.
 
     counter    [4]                     in
     geometry   [n_samples] rows of 16  in    output of the density MLP
@@ -766,7 +778,7 @@ def density_head_backward(counter: i32buf, rgb_sigma: f32buf, grad_rgb_sigma: f3
                           grad_geometry: rows16):
     """grad_geometry[i] = grad_color_input[i][:16] + (sigma grad_sigma, 0, ..., 0)
 
-    d exp / d raw = exp. Beyond the guard the slope is kept, e^RAW_SIGMA_MAX, so that a value can come back.
+    The slope of exp is sigma. Beyond the guard it is kept, e^RAW_SIGMA_MAX, so that a value can come back.
     counter           [4]                     in
     rgb_sigma         [n_samples, 4]          in    [3] = sigma
     grad_rgb_sigma    [n_samples, 4]          in    [3]
@@ -824,7 +836,7 @@ def color_head_forward(counter: i32buf, color_raw: rows16, rgb_sigma: f32buf):
 
 @ti.kernel
 def color_head_backward(counter: i32buf, rgb_sigma: f32buf, grad_rgb_sigma: f32buf, grad_color_raw: rows16):
-    """grad_color_raw[i] = rgb (1 - rgb) grad_rgb, the slope of the sigmoid; 0 in the 13 unused entries
+    """grad_color_raw[i] = rgb (1 - rgb), the slope of the sigmoid, times grad_rgb; 0 in the 13 unused entries
 
     counter         [4]                     in
     rgb_sigma       [n_samples, 4]          in
@@ -849,7 +861,7 @@ def composite_forward(n_rays: ti.i32, ray: f32buf, ray_span: i32buf, sample: f32
         alpha_k = 1 - exp(-sigma_k dt_k)
         T_{k+1} = T_k (1 - alpha_k)                 light that gets past sample k; T_0 = pixel[3]
         pixel  += sum_k T_k alpha_k rgb_k           until T_k < T_STOP; pixel[3] = T_end
-        depth  += sum_k T_k alpha_k t_k
+        depth  += sum_k T_k alpha_k t_k             t_k = (position_k - origin) . direction
 
     ray        [n_rays, 8]     in
     ray_span   [n_rays, 2]     in      first sample, number of samples
@@ -893,7 +905,7 @@ def composite_backward(n_rays: ti.i32, ray_span: i32buf, sample: f32buf, rgb_sig
     sample          [n_samples, 4]  in    [3] = dt
     rgb_sigma       [n_samples, 4]  in
     pixel           [n_rays, 4]     in    from composite_forward: color without background, T_end
-    grad_pixel      [n_rays, 4]     in    [3] = grad_T, by which the background is heard
+    grad_pixel      [n_rays, 4]     in    [3] = grad_T: T_end lets the background through
     grad_rgb_sigma  [n_samples, 4]  out   0 behind the early stop
     thread          one per ray, which owns its samples
     """
@@ -961,11 +973,14 @@ def loss_and_gradient(n_rays: ti.i32, random_background: ti.i32, seed: ti.i32, s
 @ti.kernel
 def adam_step(n: ti.i32, learning_rate: ti.f32, beta_1: ti.f32, beta_2: ti.f32, epsilon: ti.f32, param: f32buf,
               grad: f32buf, moment: f32buf):
-    """Adam (Kingma and Ba 2015), for the entries that have a gradient; the others, most of a hash table, keep still.
+    """Adam (Kingma and Ba 2015), for the entries that have a gradient; the others, most of a hash table, are left
+    alone, moments included.
 
-        m = b_1 m + (1 - b_1) g      v = b_2 v + (1 - b_2) g^2      param -= learning_rate m / (sqrt(v) + epsilon)
+        m = beta_1 m + (1 - beta_1) g      v = beta_2 v + (1 - beta_2) g^2
+        param -= learning_rate m / (sqrt(v) + epsilon)
 
-    The bias corrections sqrt(1 - b_2^s) / (1 - b_1^s) of step s are a factor that the host puts into learning_rate.
+    The bias corrections sqrt(1 - beta_2^s) / (1 - beta_1^s) of step s, one count for all entries, are a factor that the
+    host puts into learning_rate.
     param   [n]     in-out
     grad    [n]     in-out  cleared
     moment  [n, 2]  in-out  m, v
