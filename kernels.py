@@ -167,8 +167,8 @@ def generate_rays(n_rays: ti.i32, width: ti.i32, height: ti.i32, near: ti.f32, s
 
 @ti.func
 def cell_of(x, resolution):
-    """Which of `resolution` equal cells a coordinate in [0, 1] falls into; 1 itself belongs to the last."""
-    return ti.math.clamp(ti.cast(ti.floor(x * resolution), ti.i32), 0, resolution - 1)
+    """The cell around a coordinate that is measured in cells, 0 to resolution; the far wall belongs to the last."""
+    return ti.math.clamp(ti.cast(ti.floor(x), ti.i32), 0, resolution - 1)
 
 
 @ti.func
@@ -349,7 +349,7 @@ def next_sample(origin, direction, t_first, t_last, k, step_length, grid_size, o
     while found == END and t < t_last:
         cell = ti.Vector([0, 0, 0])
         for c in ti.static(range(3)):
-            cell[c] = ti.math.clamp(ti.cast(ti.floor(start[c] + t * speed[c]), ti.i32), 0, grid_size - 1)
+            cell[c] = cell_of(start[c] + t * speed[c], grid_size)
         number = cell_number(cell[0], cell[1], cell[2], grid_size)
         word = occupancy[number >> 5]
         if (word >> ti.u32(number & 31)) & ti.u32(1) == ti.u32(1):
@@ -506,7 +506,7 @@ def locate(i, sample: ti.template(), resolution):
     cell = ti.Vector([0, 0, 0])
     fraction = vec3(0.0)
     for c in ti.static(range(3)):
-        cell[c] = cell_of(sample[4 * i + c], resolution)
+        cell[c] = cell_of(sample[4 * i + c] * resolution, resolution)
         fraction[c] = sample[4 * i + c] * resolution - cell[c]
     return cell, fraction
 

@@ -462,7 +462,8 @@ def train(m, views, seed, steps=None, seconds=None, report=lambda **line: None):
             n_cells = min(batch, grid**3)
             update_occupancy(m, n_cells, cell, seed, step)
             cell = (cell + n_cells) % grid**3
-        if step % READ_EVERY == 0 or step in (1, 2, 4, 8) or step == steps:
+        progress = step / steps if steps is not None else (time.perf_counter() - start) / seconds
+        if step % READ_EVERY == 0 or step in (1, 2, 4, 8) or progress >= 1.0:
             counter = m.counter.to_numpy().view(np.uint32)       # waits for the device
             dropped, samples = (int(d) for d in (counter - seen)[2:])
             total["samples"], total["rays"] = total["samples"] + samples, total["rays"] + rays_since - dropped
@@ -478,7 +479,6 @@ def train(m, views, seed, steps=None, seconds=None, report=lambda **line: None):
             wanted = max(samples, 1) / max(rays_since - dropped, 1)
             n_rays = int(min(max(0.95 * batch / wanted, m.settings["block"]), m.settings["rays"]))
             seen, rays_since = counter, 0
-        progress = step / steps if steps is not None else (time.perf_counter() - start) / seconds
     ti.sync()
     total["steps"], total["train_seconds"] = step, time.perf_counter() - start
     return total
@@ -653,8 +653,9 @@ def write_frames(path, frames, n_frames):
     ending = os.path.splitext(path)[1].lower()
     if ending not in ("", ".mp4", ".gif"):
         raise UserError(f"cannot write a video as {path}", "end the name in .mp4 or .gif, or give a folder for PNGs")
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     with progress_bar("render") as bar:
-        task = bar.add_task("render", total=n_frames)
+        task = bar.add_task("render", total=n_frames, note="")
         if ending == "":
             os.makedirs(path, exist_ok=True)
             for i, frame in enumerate(frames):
@@ -692,7 +693,7 @@ def start_taichi(arch):
     if arch == "auto" and sys.platform == "linux" and not os.path.exists("/dev/dri"):
         choices.remove("vulkan")                     # no GPU: what Vulkan would find is a renderer in software
     for choice in choices:
-        # Matrices as LLVM vectors: three times the speed for the weight gradients on a CPU; SPIR-V cannot take them.
+        # Matrices as LLVM vectors: weight gradients several times as fast on a CPU; SPIR-V cannot take them.
         options = dict(real_matrix_scalarize=choice != "cpu", unrolling_limit=0)
         sys.stdout.flush()
         with tempfile.TemporaryFile("w+") as log:    # only Taichi's trace says which device it found
@@ -743,10 +744,7 @@ def progress_bar(text):
     """A rich progress bar, silent where the output is not a terminal."""
     columns = (rich.progress.TextColumn(text), rich.progress.BarColumn(), rich.progress.TaskProgressColumn(),
                rich.progress.TextColumn("{task.fields[note]}"), rich.progress.TimeRemainingColumn())
-    bar = rich.progress.Progress(*columns, disable=not sys.stdout.isatty(), transient=True)
-    add_task = bar.add_task
-    bar.add_task = lambda *a, **b: add_task(*a, **{"note": "", **b})
-    return bar
+    return rich.progress.Progress(*columns, disable=not sys.stdout.isatty(), transient=True)
 
 
 def run_folder(out, scene, overwrite):
@@ -791,7 +789,7 @@ def command_train(args):
     with log_file, progress_bar("train ") as bar:
         log = csv.writer(log_file)
         log.writerow(["step", "seconds", "loss", "psnr"])
-        task, printed = bar.add_task("train", total=1.0), [0.0]
+        task, printed = bar.add_task("train", total=1.0, note=""), [0.0]
 
         def report(progress, step, seconds, loss, psnr, samples_per_second, n_rays):
             log.writerow([step, f"{seconds:.3f}", f"{loss:.6g}", f"{psnr:.3f}"])
@@ -837,7 +835,7 @@ def measure(m, views, out=None):
     n = len(views.rgba)
     rows, shown = [], {0, n // 3, 2 * n // 3}
     with progress_bar("test  ") as bar:
-        task = bar.add_task("test", total=n)
+        task = bar.add_task("test", total=n, note="")
 
         def each(i, rgb, depth, truth):
             if out is not None:
@@ -941,6 +939,9 @@ def main(argv=None):
         {"train": command_train, "render": command_render, "eval": command_eval}[args.command](args)
     except UserError as error:
         print(f"tinynerf: {error}\n          {error.hint}", file=sys.stderr)
+        return 2
+    except OSError as error:                         # a full disk, a folder that may not be written to
+        print(f"tinynerf: {error}\n          check the path, its permissions and the free space", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("tinynerf: interrupted", file=sys.stderr)
