@@ -6,7 +6,8 @@
 
 Rules that hold for the whole file:
   1. Buffers are flat f32, i32 or u32 arrays. A shape like [n, 4] means row-major: x[4*i + c].
-     Only the MLP's activations and weights are arrays of vectors, one row an element: x[i][c].
+     Only parameters and the MLPs' activations are arrays of vectors, one row an element: x[i][c]. In memory the rows
+     lie one after the other, 4-byte numbers without gaps.
   2. A kernel is one parallel loop. The loop index is the thread id; threads of one launch do not communicate.
   3. Launches run in order, and all writes of one are visible to the next. There is no other synchronisation.
   4. grad_x has the shape of x. Gradients of parameters accumulate (+=) until adam_step clears them, all others are
@@ -25,24 +26,24 @@ Counts made on the device stay there: the buffer `counter` [4] i32 holds
 """
 import taichi as ti
 
-f32buf = ti.types.ndarray(ti.f32, ndim=1)
-i32buf = ti.types.ndarray(ti.i32, ndim=1)
-u32buf = ti.types.ndarray(ti.u32, ndim=1)
-
 WIDTH = 64            # neurons of a hidden layer, and the most inputs any layer has
-OUTPUT = 16           # outputs of an MLP's last layer; the color MLP uses 3 of them
-N_FEATURES = 4        # features of a hash-table slot
+OUTPUT = 16           # most outputs an MLP has: the density MLP's; the color MLP has 3
+N_FEATURES = 8        # features of a hash-table slot, and numbers in a row of the parameters
 UNKNOWN = 1e9         # density of a cell that nobody has looked at yet: it counts as occupied
 END = 1 << 30         # step index of a ray that has left the box
 T_STOP = 1e-4         # a ray ends when less than this share of light reaches its next sample
 RAW_SIGMA_MAX = 15.0  # exp() is guarded above this: e^15 per box side is opaque within one step
 
-row64 = ti.types.vector(WIDTH, ti.f32)
-row16 = ti.types.vector(OUTPUT, ti.f32)
 vec3 = ti.types.vector(3, ti.f32)
-vec4 = ti.types.vector(4, ti.f32)
-rows64 = ti.types.ndarray(row64, ndim=1)
+row8 = ti.types.vector(N_FEATURES, ti.f32)
+row16 = ti.types.vector(OUTPUT, ti.f32)
+row64 = ti.types.vector(WIDTH, ti.f32)
+f32buf = ti.types.ndarray(ti.f32, ndim=1)
+i32buf = ti.types.ndarray(ti.i32, ndim=1)
+u32buf = ti.types.ndarray(ti.u32, ndim=1)
+rows8 = ti.types.ndarray(row8, ndim=1)
 rows16 = ti.types.ndarray(row16, ndim=1)
+rows64 = ti.types.ndarray(row64, ndim=1)
 
 # Streams of random numbers; background and cell take three each, one per component.
 STREAM_VIEW, STREAM_PIXEL, STREAM_JITTER, STREAM_BACKGROUND, STREAM_CELL, STREAM_INIT = 0, 1, 2, 3, 6, 9
@@ -72,14 +73,14 @@ def random_f32(seed, stream, step, index):
 
 
 @ti.kernel
-def fill_uniform(n: ti.i32, first: ti.i32, bound: ti.f32, seed: ti.i32, x: f32buf):
-    """Initial parameters: x = U(-bound, bound) for the n entries from `first` on.
+def fill_uniform(n: ti.i32, first: ti.i32, bound: ti.f32, seed: ti.i32, params: rows8):
+    """Initial parameters: U(-bound, bound) for the n numbers from `first` on.
 
-    x        [>= first + n]  out
-    thread   one per entry
+    params   [>= (first + n) / 8] rows of 8  out
+    thread   one per number
     """
-    for t in range(n):
-        x[first + t] = bound * (2.0 * random_f32(seed, STREAM_INIT, 0, first + t) - 1.0)
+    for t in range(first, first + n):
+        params[t // N_FEATURES][t % N_FEATURES] = bound * (2.0 * random_f32(seed, STREAM_INIT, 0, t) - 1.0)
 
 
 # ---- Rays -----------------------------------------------------------------------------------------------------------
@@ -163,7 +164,10 @@ def generate_rays(n_rays: ti.i32, width: ti.i32, height: ti.i32, near: ti.f32, s
 
 
 # ---- Occupancy grid: which of grid_size^3 cells may hold something (instant-ngp, section E.2). Cells are numbered by
-# bricks of 4x4x2: a brick is one u32 word of the packed bits, and a ray leaves an empty one in one go.
+# bricks of 4x4x2: a brick is one u32 word of the packed bits. A ray leaves an empty brick in one go, and an empty block
+# of 4x4x4 bricks too. The packed buffer `occupancy` holds, with n = grid_size^3 / 32,
+#     words [0, n)              bit c of word w: is cell 32 w + c occupied?
+#     words [n, n + n / 64)     one word per block: not 0 if any of its cells is occupied
 
 @ti.func
 def cell_of(x, resolution):
@@ -253,17 +257,17 @@ def place_cell_samples(n: ti.i32, first: ti.i32, grid_size: ti.i32, seed: ti.i32
 
 
 @ti.kernel
-def update_density_grid(n: ti.i32, first: ti.i32, grid_size: ti.i32, decay: ti.f32, rgb_sigma: f32buf,
+def update_density_grid(n: ti.i32, first: ti.i32, grid_size: ti.i32, decay: ti.f32, cell_sigma: f32buf,
                         density_grid: f32buf):
     """A cell's density is the largest seen there, slowly forgotten: grid = max(decay grid, sigma); at first, sigma.
 
-    rgb_sigma     [n, 4]         in      [3] = sigma at the points of place_cell_samples
+    cell_sigma    [n]            in      at the points of place_cell_samples
     density_grid  [grid_size^3]  in-out  cells that no camera sees stay -1
     thread        one per cell of the walk; n <= grid_size^3, so that no cell comes twice and each has one writer
     """
     for t in range(n):
         cell = scattered_cell(first + t, grid_size)
-        sigma = rgb_sigma[4 * t + 3]
+        sigma = cell_sigma[t]
         if density_grid[cell] >= UNKNOWN:
             density_grid[cell] = sigma
         elif density_grid[cell] >= 0.0:
@@ -291,7 +295,7 @@ def sum_density_grid(n_cells: ti.i32, block: ti.i32, density_grid: f32buf, block
 
 @ti.kernel
 def find_threshold(n_blocks: ti.i32, limit: ti.f32, block_density: f32buf, threshold: f32buf):
-    """Density above which a cell counts as occupied: min(limit, 0.95 mean).
+    """Density above which a cell counts as occupied: min(limit, 0.95 mean); 0 while no density is known.
 
     While the field is still a uniform fog every cell equals the mean, and a threshold at the mean itself would
     empty the whole box; hence the 0.95.
@@ -312,10 +316,10 @@ def find_threshold(n_blocks: ti.i32, limit: ti.f32, block_density: f32buf, thres
 def pack_occupancy(n_words: ti.i32, density_grid: f32buf, threshold: f32buf, occupancy: u32buf):
     """One bit per cell: is its density above the threshold?
 
-    density_grid  [32 n_words]  in    numbered brick by brick
-    threshold     [1]           in
-    occupancy     [n_words]     out   bit c of word w is cell 32 w + c
-    thread        one per word
+    density_grid  [32 n_words]              in    numbered brick by brick
+    threshold     [1]                       in
+    occupancy     [n_words + n_words / 64]  out   the first n_words words
+    thread        one per brick
     """
     for t in range(n_words):
         word = ti.u32(0)
@@ -323,6 +327,22 @@ def pack_occupancy(n_words: ti.i32, density_grid: f32buf, threshold: f32buf, occ
             if density_grid[32 * t + c] > threshold[0]:
                 word |= ti.u32(1) << ti.u32(c)
         occupancy[t] = word
+
+
+@ti.kernel
+def pack_blocks(grid_size: ti.i32, occupancy: u32buf):
+    """One word per block of 4x4x4 bricks, 16x16x8 cells: is any cell in it occupied?
+
+    occupancy  [n + n / 64]  in-out  in: the bricks' words, out: the blocks'
+    thread     one per block
+    """
+    n = grid_size >> 4
+    for t in range(n * n * n * 2):
+        any_cell = ti.u32(0)
+        for brick in range(64):
+            x, y, z = (t % n) << 2 | (brick & 3), (t // n % n) << 2 | (brick >> 2 & 3), t // (n * n) << 2 | brick >> 4
+            any_cell |= occupancy[((z << 2) * n + y) * (n << 2) + x]
+        occupancy[n * n * n * 128 + t] = any_cell
 
 
 # ---- Marching: count each ray's samples, scan the counts into spans, write the samples. Two walks instead of an atomic
@@ -335,9 +355,10 @@ def next_sample(origin, direction, t_first, t_last, k, step_length, grid_size, o
     """The first step index >= k whose point, at t_first + k step_length, lies before t_last and in a cell that is set
     in `occupancy`; END if there is none.
 
-    An empty cell, or a whole empty brick of 4x4x2 cells, is left in one go, by as many whole steps as it takes: the
-    points that are tested do not depend on what lies between them.
+    An empty cell, or a whole empty brick or block, is left in one go, by as many whole steps as it takes: the points
+    that are tested do not depend on what lies between them.
     """
+    n = grid_size >> 4
     start, speed, inverse, ahead = vec3(0.0), vec3(0.0), vec3(0.0), vec3(0.0)      # all in cells
     for c in ti.static(range(3)):
         start[c] = origin[c] * grid_size
@@ -350,14 +371,17 @@ def next_sample(origin, direction, t_first, t_last, k, step_length, grid_size, o
         cell = ti.Vector([0, 0, 0])
         for c in ti.static(range(3)):
             cell[c] = cell_of(start[c] + t * speed[c], grid_size)
-        number = cell_number(cell[0], cell[1], cell[2], grid_size)
-        word = occupancy[number >> 5]
-        if (word >> ti.u32(number & 31)) & ti.u32(1) == ti.u32(1):
-            found = k
-        else:
-            t_exit = 1e30                            # until the next wall of the cell or brick
+        scale = 4                                    # log2 of the size of what is left: a block, a brick or a cell
+        if occupancy[n * n * n * 128 + ((cell[2] >> 3) * n + (cell[1] >> 4)) * n + (cell[0] >> 4)] != ti.u32(0):
+            number = cell_number(cell[0], cell[1], cell[2], grid_size)
+            word = occupancy[number >> 5]
+            scale = ti.select(word == ti.u32(0), 2, 0)
+            if (word >> ti.u32(number & 31)) & ti.u32(1) == ti.u32(1):
+                found = k
+        if found == END:
+            t_exit = 1e30                            # until the next wall
             for c in ti.static(range(3)):
-                size = ti.select(word == ti.u32(0), ti.static((4, 4, 2)[c]), 1)
+                size = ti.max(1, 1 << scale >> ti.static((0, 0, 1)[c]))
                 wall = (cell[c] & -size) + ahead[c] * size
                 # abs: where speed is next to 0, inverse is positive whatever the sign, and the wall is far away.
                 t_exit = ti.min(t_exit, ti.abs((wall - start[c] - t * speed[c]) * inverse[c]))
@@ -374,7 +398,7 @@ def count_samples(n_rays: ti.i32, limit: ti.i32, step_length: ti.f32, grid_size:
     ray        [n_rays, 8]       in    see generate_rays
     ray_step   [n_rays]          in    step to start from
     pixel      [n_rays, 4]       in    [3] = T, the share of light that is still to come
-    occupancy  [grid_size^3/32]  in    see pack_occupancy
+    occupancy  [n + n / 64]      in    see above
     ray_span   [n_rays, 2]       out   [1] = number of samples
     thread     one per ray
     """
@@ -458,16 +482,15 @@ def claim_spans(n_rays: ti.i32, block: ti.i32, block_start: i32buf, ray_span: i3
 
 @ti.kernel
 def write_samples(n_rays: ti.i32, limit: ti.i32, step_length: ti.f32, grid_size: ti.i32, ray: f32buf,
-                  ray_step: i32buf, occupancy: u32buf, ray_span: i32buf, sample: f32buf, sample_ray: i32buf):
+                  ray_step: i32buf, occupancy: u32buf, ray_span: i32buf, sample: f32buf):
     """Second walk: the same steps as in count_samples, now written down. A port must round alike in both.
 
     ray         [n_rays, 8]       in
     ray_step    [n_rays]          in-out  step to start from; out: where the next wave goes on (END if the ray got
                                           fewer than `limit`: it left the box or is opaque; unchanged if dropped)
-    occupancy   [grid_size^3/32]  in
+    occupancy   [n + n / 64]      in
     ray_span    [n_rays, 2]       in      from claim_spans
     sample      [capacity, 4]     out     position, step length
-    sample_ray  [capacity]        out     r
     thread      one per ray
     """
     for r in range(n_rays):
@@ -481,7 +504,6 @@ def write_samples(n_rays: ti.i32, limit: ti.i32, step_length: ti.f32, grid_size:
             for c in ti.static(range(3)):
                 sample[4 * i + c] = ti.math.clamp(origin[c] + t * direction[c], 0.0, 1.0)
             sample[4 * i + 3] = step_length
-            sample_ray[i] = r
             k += 1
         if first >= 0 and ray_span[2 * r + 1] < limit:
             k = END
@@ -512,8 +534,16 @@ def locate(i, sample: ti.template(), resolution):
 
 
 @ti.func
+def corner_slot(l, level: ti.template(), cell, corner):
+    """Slot of corner 0..7 of a cell of level l: bit c of its number says on which side of axis c it lies."""
+    x, y, z = cell[0] + (corner & 1), cell[1] + (corner >> 1 & 1), cell[2] + (corner >> 2)
+    return level[4 * l + 1] + grid_slot(ti.u32(x), ti.u32(y), ti.u32(z), level[4 * l], level[4 * l + 2],
+                                        level[4 * l + 3])
+
+
+@ti.func
 def corner_weight(fraction, corner):
-    """Trilinear weight of corner 0..7 of a cell: bit c of its number says on which side of axis c it lies."""
+    """Trilinear weight of a corner, numbered as in corner_slot."""
     w = 1.0
     for c in ti.static(range(3)):
         w *= ti.select((corner >> c) & 1 == 1, fraction[c], 1.0 - fraction[c])
@@ -521,240 +551,214 @@ def corner_weight(fraction, corner):
 
 
 @ti.kernel
-def hash_encode_forward(n_levels: ti.i32, counter: i32buf, level: i32buf, sample: f32buf, table: f32buf,
+def hash_encode_forward(n_levels: ti.i32, counter: i32buf, level: i32buf, sample: f32buf, table: rows8,
                         feature: rows64):
     """Each level of the grid, interpolated at each sample:
 
         feature[i][F l + c] = sum over the 8 corners v of the cell around i  w_v table[slot_l(v)][c],    F = N_FEATURES
 
     w_v is corner_weight, slot_l(v) the level's first slot + grid_slot; vertices lie at multiples of 1 / resolution.
-    counter  [4]                   in
-    level    [n_levels, 4]         in    resolution (cells per side), first slot, number of slots, 1 if hashed
-    sample   [n_samples, 4]        in    position
-    table    [n_slots, N_FEATURES] in
-    feature  [n_samples] rows      out   the first F n_levels entries
+    counter  [4]                        in
+    level    [n_levels, 4]              in    resolution (cells per side), first slot, number of slots, 1 if hashed
+    sample   [n_samples, 4]             in    position
+    table    [n_slots] rows of F        in    the first rows of the parameters
+    feature  [n_samples] rows of 64     out   the first F n_levels entries
     thread   one per (level, sample), level by level: one level's slots stay in the cache
     """
     for t in range(n_levels * counter[0]):
         l = t // counter[0]
         i = t % counter[0]
-        resolution = level[4 * l]
-        cell, fraction = locate(i, sample, resolution)
-        total = vec4(0.0)
+        cell, fraction = locate(i, sample, level[4 * l])
+        total = row8(0.0)
         for corner in ti.static(range(8)):
-            w = corner_weight(fraction, corner)
-            slot = level[4 * l + 1] + grid_slot(
-                ti.u32(cell[0] + (corner & 1)), ti.u32(cell[1] + (corner >> 1 & 1)), ti.u32(cell[2] + (corner >> 2)),
-                resolution, level[4 * l + 2], level[4 * l + 3])
-            for c in ti.static(range(N_FEATURES)):
-                total[c] += w * table[N_FEATURES * slot + c]
+            total += corner_weight(fraction, corner) * table[corner_slot(l, level, cell, corner)]
         for c in ti.static(range(N_FEATURES)):
             feature[i][N_FEATURES * l + c] = total[c]
 
 
 @ti.kernel
-def hash_encode_backward(n_levels: ti.i32, n_chunks: ti.i32, counter: i32buf, level: i32buf, sample: f32buf,
-                         grad_feature: rows64, grad_table: f32buf):
+def hash_encode_backward(n_levels: ti.i32, n_chunks: ti.i32, chunk: ti.i32, counter: i32buf, level: i32buf,
+                         sample: f32buf, grad_feature: rows64, grad_table: rows8):
     """The transpose of hash_encode_forward, which is linear in the table:
 
         grad_table[slot_l(v)][c] += w_v grad_feature[i][F l + c]      for every sample i and corner v of its cell
 
-    counter, level, sample              in      as in hash_encode_forward
-    grad_feature  [n_samples] rows      in
-    grad_table    [n_slots, N_FEATURES] in-out
+    n_chunks chunks of `chunk` samples each, at least as many as there are samples.
+    counter, level, sample                in      as in hash_encode_forward
+    grad_feature  [n_samples] rows of 64  in
+    grad_table    [n_slots] rows of 8     in-out
     thread   one per (level, chunk of samples)
-    atomic   f32 add on grad_table where n_chunks > 1. With one chunk a level has one writer: plain adds, in sample
-             order, which is faster on a CPU and exactly repeatable
+    atomic   f32 add on grad_table, unless one chunk holds all samples: then a level has one writer, and plain adds, in
+             sample order, are faster on a CPU and exactly repeatable
     """
     for t in range(n_levels * n_chunks):
         l = t // n_chunks
-        chunk = (counter[0] + n_chunks - 1) // n_chunks
         first = t % n_chunks * chunk
-        resolution = level[4 * l]
         for i in range(first, ti.min(first + chunk, counter[0])):
-            g = vec4(0.0)
+            g = row8(0.0)
             for c in ti.static(range(N_FEATURES)):
                 g[c] = grad_feature[i][N_FEATURES * l + c]
-            if g.norm_sqr() > 0.0:                   # samples behind the early stop carry none
-                cell, fraction = locate(i, sample, resolution)
-                for corner in ti.static(range(8)):
-                    w = corner_weight(fraction, corner)
-                    slot = level[4 * l + 1] + grid_slot(
-                        ti.u32(cell[0] + (corner & 1)), ti.u32(cell[1] + (corner >> 1 & 1)),
-                        ti.u32(cell[2] + (corner >> 2)), resolution, level[4 * l + 2], level[4 * l + 3])
+            cell, fraction = locate(i, sample, level[4 * l])
+            for corner in ti.static(range(8)):
+                w = corner_weight(fraction, corner)
+                slot = corner_slot(l, level, cell, corner)
+                if chunk >= counter[0]:
+                    grad_table[slot] = grad_table[slot] + w * g
+                else:
                     for c in ti.static(range(N_FEATURES)):
-                        at = N_FEATURES * slot + c
-                        if n_chunks == 1:
-                            grad_table[at] = grad_table[at] + w * g[c]
-                        else:
-                            ti.atomic_add(grad_table[at], w * g[c])
+                        ti.atomic_add(grad_table[slot][c], w * g[c])
 
 
-# ---- MLP. A hidden layer is y = relu(x W), 64 wide; an output layer y = x W, 16 wide; neither has a bias. The density
-# MLP is F n_levels -> 64 -> 16, the color MLP 32 -> 64 -> 64 -> 16 (hidden, hidden, output layer). Weights live flat
-# in `params`, where Adam and the files want them; before use they are copied into rows, W and its transpose.
-# grad_y of a hidden layer means "before its ReLU": whoever writes it has already set it to zero where y is zero.
-
-@ti.kernel
-def load_hidden_weights(n_in: ti.i32, first: ti.i32, params: f32buf, weight: rows64, weight_t: rows64):
-    """Weights of a hidden layer as rows: weight[j][o] = weight_t[o][j] = params[first + 64 j + o].
-
-    params    [n_params]   in
-    weight    [n_in] rows  out
-    weight_t  [64] rows    out   entries [o][n_in] and up are not written: the host zeroed them
-    thread    one per weight
-    """
-    for t in range(n_in * WIDTH):
-        weight[t // WIDTH][t % WIDTH] = params[first + t]
-        weight_t[t % WIDTH][t // WIDTH] = params[first + t]
-
+# ---- MLP: n_hidden hidden layers y = relu(x W), 64 wide, and an output layer y = x W of n_out <= 16 columns; no biases.
+# The density MLP is F n_levels -> 64 -> 16, the color MLP 32 -> 64 -> 64 -> 3. A sample passes all layers in one thread:
+# what a layer has written is still in the cache when the next one reads it. In `params` an MLP is a list of rows of 64:
+# n_rows = n_in + 64 (n_hidden - 1) rows of the hidden layers' W, then the n_out rows of the output layer's W^T. Before
+# use they are copied into wider rows, W and its transpose:
+#     weight  [n_rows] rows of 64         weight_t  [64 n_hidden + 16] rows of 64      of all layers, one below the other
+#     weight_out  [64] rows of 16
+# hidden [n_hidden, capacity] rows of 64 is what the ReLUs put out, layer by layer. grad_hidden means "before the ReLU":
+# it is zero where hidden is zero.
 
 @ti.kernel
-def load_output_weights(first: ti.i32, params: f32buf, weight: rows16, weight_t: rows64):
-    """Weights of an output layer as rows: weight[j][o] = weight_t[o][j] = params[first + 16 j + o].
+def load_weights(n_in: ti.i32, n_hidden: ti.i32, n_out: ti.i32, first: ti.i32, params: rows8, weight: rows64,
+                 weight_t: rows64, weight_out: rows16):
+    """Weights of an MLP, the numbers of `params` from `first` on, as rows.
 
-    params    [n_params]      in
-    weight    [64] rows of 16 out
-    weight_t  [16] rows of 64 out
-    thread    one per weight
+    params                         [n_param_rows] rows of 8  in
+    weight, weight_t, weight_out   see above                 out   what belongs to inputs beyond n_in and outputs beyond
+                                                                   n_out is not written: the host zeroed it
+    thread   one per weight
     """
-    for t in range(WIDTH * OUTPUT):
-        weight[t // OUTPUT][t % OUTPUT] = params[first + t]
-        weight_t[t % OUTPUT][t // OUTPUT] = params[first + t]
+    n_rows = n_in + WIDTH * (n_hidden - 1)
+    for t in range((n_rows + n_out) * WIDTH):
+        w = params[(first + t) // N_FEATURES][(first + t) % N_FEATURES]
+        row, column = t // WIDTH, t % WIDTH
+        if row < n_rows:
+            weight[row][column] = w
+            if row < n_in:
+                weight_t[column][row] = w
+            else:
+                weight_t[((row - n_in) // WIDTH + 1) * WIDTH + column][(row - n_in) % WIDTH] = w
+        else:
+            weight_out[column][row - n_rows] = w
+            weight_t[WIDTH * n_hidden + row - n_rows][column] = w
 
 
 @ti.func
-def row_times_matrix(x: ti.template(), i, n_in, weight: ti.template(), total):
-    """total + sum_j x[i][j] weight[j]: the inner loop of a layer, and of the gradient of its input."""
+def row_times_matrix(x: ti.template(), i, n_in, weight: ti.template(), first, total):
+    """total + sum_j x[i][j] weight[first + j]: the inner loop of a layer, and of the gradient of its input."""
     for j in range(n_in):
-        total += x[i][j] * weight[j]
-    return total
-
-
-@ti.func
-def column_times_matrix(x: ti.template(), j, grad_y: ti.template(), first, last, total):
-    """total + sum_{first <= i < last} x[i][j] grad_y[i]: row j of a weight gradient."""
-    for i in range(first, last):
-        total += x[i][j] * grad_y[i]
+        total += x[i][j] * weight[first + j]
     return total
 
 
 @ti.kernel
-def hidden_layer_forward(n_in: ti.i32, counter: i32buf, x: rows64, weight: rows64, y: rows64):
-    """y[i] = relu(x[i] W) = max(sum_j x[i][j] W[j], 0)
+def mlp_forward(n_in: ti.i32, n_hidden: ti.i32, capacity: ti.i32, counter: i32buf, x: rows64, weight: rows64,
+                weight_out: rows16, hidden: rows64, y: rows16):
+    """hidden_0 = relu(x W_0), hidden_l = relu(hidden_{l-1} W_l), y = hidden_last W_out
 
-    counter  [4]               in
-    x        [n_samples] rows  in    the first n_in entries
-    weight   [n_in] rows       in
-    y        [n_samples] rows  out
-    thread   one per sample: 64 sums in registers, each weight row loaded once
+    counter     [4]                               in
+    x           [n_samples] rows of 64            in    the first n_in entries
+    weight, weight_out                            in    from load_weights
+    hidden      [n_hidden, capacity] rows of 64   out
+    y           [n_samples] rows of 16            out   entries beyond the MLP's outputs are 0
+    thread      one per sample: 64 sums in registers, each weight row loaded once
     """
     for i in range(counter[0]):
-        y[i] = ti.max(row_times_matrix(x, i, n_in, weight, row64(0.0)), 0.0)
+        hidden[i] = ti.max(row_times_matrix(x, i, n_in, weight, 0, row64(0.0)), 0.0)
+        h = i
+        for l in range(1, n_hidden):
+            first = n_in + WIDTH * (l - 1)
+            hidden[h + capacity] = ti.max(row_times_matrix(hidden, h, WIDTH, weight, first, row64(0.0)), 0.0)
+            h += capacity
+        y[i] = row_times_matrix(hidden, h, WIDTH, weight_out, 0, row16(0.0))
 
 
 @ti.kernel
-def hidden_layer_backward_input(x_is_hidden: ti.i32, counter: i32buf, x: rows64, weight_t: rows64, grad_y: rows64,
-                                grad_x: rows64):
-    """grad_x[i] = grad_y[i] W^T, and 0 where x[i] is the 0 of a ReLU
+def mlp_backward_input(n_hidden: ti.i32, n_out: ti.i32, capacity: ti.i32, counter: i32buf, hidden: rows64,
+                       weight_t: rows64, grad_y: rows16, grad_hidden: rows64, grad_x: rows64):
+    """The layers from last to first, each grad_input = grad_output W^T, and 0 where a ReLU put out 0:
 
-    counter   [4]               in
-    x         [n_samples] rows  in    the layer's input; looked at only if it is itself a hidden layer (x_is_hidden = 1)
-    weight_t  [64] rows         in    W^T
-    grad_y    [n_samples] rows  in
-    grad_x    [n_samples] rows  out
-    thread    one per sample
+        grad_hidden_last = grad_y W_out^T,   grad_hidden_{l-1} = grad_hidden_l W_l^T,   grad_x = grad_hidden_0 W_0^T
+
+    counter      [4]                               in
+    hidden       [n_hidden, capacity] rows of 64   in
+    weight_t                                       in
+    grad_y       [n_samples] rows of 16            in    the first n_out entries
+    grad_hidden  [n_hidden, capacity] rows of 64   out
+    grad_x       [n_samples] rows of 64            out
+    thread       one per sample
     """
     for i in range(counter[0]):
-        g = row_times_matrix(grad_y, i, WIDTH, weight_t, row64(0.0))
-        if x_is_hidden == 1:
-            g = ti.select(x[i] > 0.0, g, row64(0.0))
+        g = row_times_matrix(grad_y, i, n_out, weight_t, WIDTH * n_hidden, row64(0.0))
+        for back in range(n_hidden):
+            l = n_hidden - 1 - back
+            h = l * capacity + i
+            grad_hidden[h] = ti.select(hidden[h] > 0.0, g, row64(0.0))
+            g = row_times_matrix(grad_hidden, h, WIDTH, weight_t, WIDTH * l, row64(0.0))
         grad_x[i] = g
 
 
+@ti.func
+def column_times_matrix(x: ti.template(), first_x, j, y: ti.template(), first_y, begin, end):
+    """sum_{begin <= i < end} x[first_x + i][j] y[first_y + i]: a row of x^T y."""
+    total = row64(0.0)
+    for i in range(begin, end):
+        total += x[first_x + i][j] * y[first_y + i]
+    return total
+
+
 @ti.kernel
-def hidden_layer_backward_weight(n_in: ti.i32, chunk: ti.i32, pitch: ti.i32, first: ti.i32, counter: i32buf,
-                                 x: rows64, grad_y: rows64, partial: f32buf):
-    """grad_W[j] = sum_i x[i][j] grad_y[i], summed here over chunks of samples; sum_partials adds the chunks.
-    n_chunks = ceil(counter[0] / chunk), pitch = length of a row of `partial`.
-    counter  [4]                    in
-    x        [n_samples] rows       in
-    grad_y   [n_samples] rows       in
-    partial  [n_chunks, pitch]      out   entries [first, first + 64 n_in) of each chunk
-    thread   one per (chunk, j): 64 sums in registers; the threads of a chunk share its rows in the cache
+def mlp_backward_weight(n_in: ti.i32, n_hidden: ti.i32, n_out: ti.i32, capacity: ti.i32, chunk: ti.i32, pitch: ti.i32,
+                        first: ti.i32, counter: i32buf, x: rows64, hidden: rows64, grad_hidden: rows64, grad_y: rows16,
+                        partial: f32buf):
+    """grad_W[j] = sum_i input_i[j] grad_output_i, summed over chunks of samples; sum_partials adds the chunks.
+
+    Of the output layer it is the transpose, grad_W_out^T[o] = sum_i grad_y_i[o] hidden_i: always rows of 64.
+    n_chunks = ceil(counter[0] / chunk), pitch = length of a row of `partial`, whose entries are ordered as in `params`.
+    counter      [4]                               in
+    x            [n_samples] rows of 64            in
+    hidden       [n_hidden, capacity] rows of 64   in
+    grad_hidden  [n_hidden, capacity] rows of 64   in
+    grad_y       [n_samples] rows of 16            in
+    partial      [n_chunks, pitch]                 out   this MLP's entries of each chunk, from `first` on
+    thread       one per (chunk, row of the MLP in `params`): 64 sums in registers; the threads of a chunk share its
+                 samples in the cache
     """
-    for t in range((counter[0] + chunk - 1) // chunk * n_in):
-        begin = t // n_in * chunk
-        total = column_times_matrix(x, t % n_in, grad_y, begin, ti.min(begin + chunk, counter[0]), row64(0.0))
-        at = t // n_in * pitch + first + t % n_in * WIDTH
-        for o in ti.static(range(WIDTH)):
-            partial[at + o] = total[o]
+    n_rows = n_in + WIDTH * (n_hidden - 1)
+    for t in range((counter[0] + chunk - 1) // chunk * (n_rows + n_out)):
+        row = t % (n_rows + n_out)
+        begin = t // (n_rows + n_out) * chunk
+        end = ti.min(begin + chunk, counter[0])
+        total = row64(0.0)
+        if row < n_in:
+            total = column_times_matrix(x, 0, row, grad_hidden, 0, begin, end)
+        elif row < n_rows:
+            l, j = (row - n_in) // WIDTH, (row - n_in) % WIDTH
+            total = column_times_matrix(hidden, l * capacity, j, grad_hidden, (l + 1) * capacity, begin, end)
+        else:
+            total = column_times_matrix(grad_y, 0, row - n_rows, hidden, (n_hidden - 1) * capacity, begin, end)
+        at = t // (n_rows + n_out) * pitch + first + row * WIDTH
+        for c in ti.static(range(WIDTH)):
+            partial[at + c] = total[c]
 
 
 @ti.kernel
-def output_layer_forward(counter: i32buf, x: rows64, weight: rows16, y: rows16):
-    """y[i] = x[i] W, as hidden_layer_forward without the ReLU, 16 wide.
-
-    counter  [4]                     in
-    x        [n_samples] rows of 64  in
-    weight   [64] rows of 16         in
-    y        [n_samples] rows of 16  out
-    thread   one per sample
-    """
-    for i in range(counter[0]):
-        y[i] = row_times_matrix(x, i, WIDTH, weight, row16(0.0))
-
-
-@ti.kernel
-def output_layer_backward_input(counter: i32buf, x: rows64, weight_t: rows64, grad_y: rows16, grad_x: rows64):
-    """grad_x[i] = grad_y[i] W^T, and 0 where the hidden x[i] is 0.
-
-    counter   [4]                     in
-    x         [n_samples] rows of 64  in
-    weight_t  [16] rows of 64         in
-    grad_y    [n_samples] rows of 16  in
-    grad_x    [n_samples] rows of 64  out
-    thread    one per sample
-    """
-    for i in range(counter[0]):
-        g = row_times_matrix(grad_y, i, OUTPUT, weight_t, row64(0.0))
-        grad_x[i] = ti.select(x[i] > 0.0, g, row64(0.0))
-
-
-@ti.kernel
-def output_layer_backward_weight(chunk: ti.i32, pitch: ti.i32, first: ti.i32, counter: i32buf, x: rows64,
-                                 grad_y: rows16, partial: f32buf):
-    """grad_W[j] = sum_i x[i][j] grad_y[i] over chunks, as hidden_layer_backward_weight, 16 wide.
-
-    counter  [4]                     in
-    x        [n_samples] rows of 64  in
-    grad_y   [n_samples] rows of 16  in
-    partial  [n_chunks, pitch]       out   entries [first, first + 16 * 64) of each chunk
-    thread   one per (chunk, j)
-    """
-    for t in range((counter[0] + chunk - 1) // chunk * WIDTH):
-        begin = t // WIDTH * chunk
-        total = column_times_matrix(x, t % WIDTH, grad_y, begin, ti.min(begin + chunk, counter[0]), row16(0.0))
-        at = t // WIDTH * pitch + first + t % WIDTH * OUTPUT
-        for o in ti.static(range(OUTPUT)):
-            partial[at + o] = total[o]
-
-
-@ti.kernel
-def sum_partials(n_params: ti.i32, chunk: ti.i32, pitch: ti.i32, counter: i32buf, partial: f32buf,
-                 grad_params: f32buf):
+def sum_partials(n_weights: ti.i32, chunk: ti.i32, pitch: ti.i32, first: ti.i32, counter: i32buf, partial: f32buf,
+                 grad_params: rows8):
     """grad_params += the partial sums of all chunks, in order.
 
-    counter      [4]                in
-    partial      [n_chunks, pitch]  in      pitch >= n_params; no multiple of 1024, or a column shares one cache set
-    grad_params  [n_params]         in-out
-    thread       one per parameter
+    counter      [4]                 in
+    partial      [n_chunks, pitch]   in      pitch >= n_weights; no multiple of 1024, or a column shares one cache set
+    grad_params  [n_rows] rows of 8  in-out  the n_weights numbers from `first` on
+    thread       one per weight
     """
-    for p in range(n_params):
+    for p in range(n_weights):
         total = 0.0
         for b in range((counter[0] + chunk - 1) // chunk):
             total += partial[b * pitch + p]
-        grad_params[p] = grad_params[p] + total
+        j, c = (first + p) // N_FEATURES, (first + p) % N_FEATURES
+        grad_params[j][c] = grad_params[j][c] + total
 
 
 # ---- Heads: from what the MLPs put out to density and color; and the color MLP's input, where the density MLP's output
@@ -793,6 +797,77 @@ def density_head_backward(counter: i32buf, rgb_sigma: f32buf, grad_rgb_sigma: f3
 
 
 @ti.kernel
+def probe_density(n_in: ti.i32, counter: i32buf, x: rows64, weight: rows64, weight_t: rows64,
+                  sigma: f32buf):
+    """What mlp_forward and density_head_forward make of an MLP with one hidden layer, of the first output alone and
+    without storing what is between: sigma[i] = exp(min(relu(x[i] W) . w, RAW_SIGMA_MAX)), w the first row of W_out^T.
+
+    counter   [4]                     in
+    x         [n_samples] rows of 64  in    the first n_in entries
+    weight, weight_t                  in    from load_weights
+    sigma     [n_samples]             out
+    thread    one per sample
+    """
+    for i in range(counter[0]):
+        hidden = ti.max(row_times_matrix(x, i, n_in, weight, 0, row64(0.0)), 0.0)
+        sigma[i] = ti.exp(ti.min(hidden.dot(weight_t[WIDTH]), RAW_SIGMA_MAX))
+
+
+@ti.kernel
+def mark_visible_samples(n_rays: ti.i32, min_weight: ti.f32, march_span: i32buf, march_sample: f32buf,
+                         march_sigma: f32buf, pixel: f32buf, keep: i32buf, ray_span: i32buf):
+    """Which samples add light to their pixel: those whose weight T_k alpha_k (see composite_forward) is at least
+    min_weight, in front of the early stop. Most of what is marched lies behind a surface, or in air.
+
+    The spans are then scanned anew.
+    march_span    [n_rays, 2]     in    first sample, number of samples, of those marched
+    march_sample  [n_marched, 4]  in    [3] = dt
+    march_sigma   [n_marched]     in
+    pixel         [n_rays, 4]     in    [3] = T, what earlier waves let through
+    keep          [n_marched]     out   1 if the sample is kept
+    ray_span      [n_rays, 2]     out   [1] = number of samples that are kept
+    thread        one per ray
+    """
+    for r in range(n_rays):
+        T = pixel[4 * r + 3]
+        count = 0
+        first = march_span[2 * r]
+        for i in range(first, first + march_span[2 * r + 1]):
+            alpha = 1.0 - ti.exp(-march_sigma[i] * march_sample[4 * i + 3])
+            keep[i] = ti.select(T >= T_STOP and T * alpha >= min_weight, 1, 0)
+            count += keep[i]
+            T *= 1.0 - alpha
+        ray_span[2 * r + 1] = count
+
+
+@ti.kernel
+def keep_visible_samples(n_rays: ti.i32, march_span: i32buf, march_sample: f32buf, march_feature: rows64, keep: i32buf,
+                         ray_span: i32buf, sample: f32buf, feature: rows64, sample_ray: i32buf):
+    """Copy the samples that are kept, with their features, into buffers without gaps, in ray order.
+
+    march_span     [n_rays, 2]             in
+    march_sample   [n_marched, 4]          in
+    march_feature  [n_marched] rows of 64  in
+    keep           [n_marched]             in
+    ray_span       [n_rays, 2]             in    from claim_spans
+    sample         [n_samples, 4]          out   position, dt
+    feature        [n_samples] rows of 64  out
+    sample_ray     [n_samples]             out   r
+    thread         one per ray
+    """
+    for r in range(n_rays):
+        i = ray_span[2 * r]
+        first = march_span[2 * r]
+        for j in range(first, first + march_span[2 * r + 1]):
+            if keep[j] == 1:
+                for c in ti.static(range(4)):
+                    sample[4 * i + c] = march_sample[4 * j + c]
+                feature[i] = march_feature[j]
+                sample_ray[i] = r
+                i += 1
+
+
+@ti.kernel
 def color_input_forward(counter: i32buf, geometry: rows16, sample_ray: i32buf, ray: f32buf, color_input: rows64):
     """color_input[i] = (geometry[i], Y(direction)): the 16 real spherical harmonics of bands 0 to 3.
 
@@ -825,7 +900,7 @@ def color_head_forward(counter: i32buf, color_raw: rows16, rgb_sigma: f32buf):
     """rgb[i] = sigmoid(color_raw[i][:3]) = 1 / (1 + exp(-color_raw))
 
     counter    [4]                     in
-    color_raw  [n_samples] rows of 16  in    output of the color MLP; entries 3 and up mean nothing
+    color_raw  [n_samples] rows of 16  in    output of the color MLP: the first 3 entries
     rgb_sigma  [n_samples, 4]          out   [0:3]
     thread     one per sample
     """
@@ -836,16 +911,15 @@ def color_head_forward(counter: i32buf, color_raw: rows16, rgb_sigma: f32buf):
 
 @ti.kernel
 def color_head_backward(counter: i32buf, rgb_sigma: f32buf, grad_rgb_sigma: f32buf, grad_color_raw: rows16):
-    """grad_color_raw[i] = rgb (1 - rgb), the slope of the sigmoid, times grad_rgb; 0 in the 13 unused entries
+    """grad_color_raw[i] = rgb (1 - rgb), the slope of the sigmoid, times grad_rgb
 
     counter         [4]                     in
     rgb_sigma       [n_samples, 4]          in
     grad_rgb_sigma  [n_samples, 4]          in    [0:3]
-    grad_color_raw  [n_samples] rows of 16  out
+    grad_color_raw  [n_samples] rows of 16  out   the first 3 entries
     thread          one per sample
     """
     for i in range(counter[0]):
-        grad_color_raw[i] = row16(0.0)
         for c in ti.static(range(3)):
             rgb = rgb_sigma[4 * i + c]
             grad_color_raw[i][c] = rgb * (1.0 - rgb) * grad_rgb_sigma[4 * i + c]
@@ -971,27 +1045,27 @@ def loss_and_gradient(n_rays: ti.i32, random_background: ti.i32, seed: ti.i32, s
 
 
 @ti.kernel
-def adam_step(n: ti.i32, learning_rate: ti.f32, beta_1: ti.f32, beta_2: ti.f32, epsilon: ti.f32, param: f32buf,
-              grad: f32buf, moment: f32buf):
+def adam_step(n_rows: ti.i32, learning_rate: ti.f32, beta_1: ti.f32, beta_2: ti.f32, epsilon: ti.f32, params: rows8,
+              grad: rows8, moment: rows8):
     """Adam (Kingma and Ba 2015), for the entries that have a gradient; the others, most of a hash table, are left
     alone, moments included.
 
         m = beta_1 m + (1 - beta_1) g      v = beta_2 v + (1 - beta_2) g^2
-        param -= learning_rate m / (sqrt(v) + epsilon)
+        params -= learning_rate m / (sqrt(v) + epsilon)
 
     The bias corrections sqrt(1 - beta_2^s) / (1 - beta_1^s) of step s, one count for all entries, are a factor that the
     host puts into learning_rate.
-    param   [n]     in-out
-    grad    [n]     in-out  cleared
-    moment  [n, 2]  in-out  m, v
-    thread  one per entry
+    params  [n_rows] rows of 8     in-out
+    grad    [n_rows] rows of 8     in-out  cleared
+    moment  [n_rows, 2] rows of 8  in-out  m, v
+    thread  one per row
     """
-    for t in range(n):
+    for t in range(n_rows):
         g = grad[t]
-        if g != 0.0:
-            m = beta_1 * moment[2 * t] + (1.0 - beta_1) * g
-            v = beta_2 * moment[2 * t + 1] + (1.0 - beta_2) * g * g
+        if g.max() > 0.0 or g.min() < 0.0:
+            m = ti.select(g == 0.0, moment[2 * t], beta_1 * moment[2 * t] + (1.0 - beta_1) * g)
+            v = ti.select(g == 0.0, moment[2 * t + 1], beta_2 * moment[2 * t + 1] + (1.0 - beta_2) * g * g)
             moment[2 * t] = m
             moment[2 * t + 1] = v
-            param[t] = param[t] - learning_rate * m / (ti.sqrt(v) + epsilon)
-            grad[t] = 0.0
+            params[t] = params[t] + ti.select(g == 0.0, row8(0.0), -learning_rate * m / (ti.sqrt(v) + epsilon))
+            grad[t] = row8(0.0)

@@ -43,12 +43,13 @@ VERSION = "0.1"
 # Scene and model: the same on every machine
 BOX_SIDE = 3.0                  # Blender scenes live in the box of +-1.5 around the origin
 NEAR = 0.05                     # nearest sample, in world units: nothing is seen through the lens's own fog
-N_LEVELS = 8                    # of the hash grid
+N_LEVELS = int(os.environ.get("NL","5"))                    # of the hash grid
 TABLE_BOUND = 1e-4              # initial table entries: U(+-1e-4)
 LEARNING_RATE, FINAL_RATE = 1e-2, 1e-3     # decays exponentially from the one to the other
 BETA_1, BETA_2, EPSILON = 0.9, 0.99, 1e-15
 EMPTY_ALPHA = 0.01              # a cell whose steps are less opaque than this counts as empty
 DECAY = 0.2                     # of a cell's density, each time it is looked at: every few hundred steps
+MIN_WEIGHT = 1e-3               # samples that add less than this share of light to a pixel are left out
 READ_EVERY = 16                 # steps between two looks of the host at the counters
 
 # What depends on the machine. batch: samples per step; rays: most rays in flight; coarsest, finest: cells per side of
@@ -58,17 +59,16 @@ READ_EVERY = 16                 # steps between two looks of the host at the cou
 # grid, `batch` cells each; block: rays per thread of the scan; chunk: samples per partial weight gradient;
 # hash_chunks: writers per level of the hash gradient; seconds or steps: of a training run; frames: of its video.
 MACHINES = {
-    "cpu": dict(batch=2**15, rays=2**15, coarsest=16, finest=512, table=2**16, grid=128, train_steps=256,
-                render_steps=512, refresh=8, block=16, chunk=128, hash_chunks=1, seconds=90, frames=48),
-    "gpu": dict(batch=2**18, rays=2**18, coarsest=16, finest=2048, table=2**19, grid=128, train_steps=1024,
-                render_steps=1024, refresh=2, block=128, chunk=512, hash_chunks=2**18, steps=10000, frames=96),
+    "cpu": dict(march=2**16, batch=2**15, rays=2**15, coarsest=16, finest=512, table=2**16, grid=128, train_steps=256,
+                render_steps=512, refresh=8, block=16, chunk=128, hash_chunk=2**16, seconds=90, frames=48),
+    "gpu": dict(march=2**19, batch=2**18, rays=2**18, coarsest=16, finest=2048, table=2**19, grid=128, train_steps=1024,
+                render_steps=1024, refresh=2, block=128, chunk=512, hash_chunk=1, steps=10000, frames=96),
 }
 
 STORED = ("coarsest", "finest", "table", "grid", "train_steps", "render_steps")     # what a model's file says of them
 
-# The MLPs' layers: name, inputs, outputs. Their weights lie one after the other in `params`.
-LAYERS = [("density_1", N_LEVELS * k.N_FEATURES, k.WIDTH), ("density_2", k.WIDTH, k.OUTPUT),
-          ("color_1", 2 * k.OUTPUT, k.WIDTH), ("color_2", k.WIDTH, k.WIDTH), ("color_3", k.WIDTH, k.OUTPUT)]
+# The MLPs: inputs, hidden layers, outputs. Their weights follow the hash table in `params`, one MLP after the other.
+MLPS = {"density": (N_LEVELS * k.N_FEATURES, 1, k.OUTPUT), "color": (2 * k.OUTPUT, 2, 3)}
 
 
 class UserError(Exception):
@@ -218,58 +218,66 @@ def level_layout(settings, n_levels=N_LEVELS):
     return np.array(rows, np.int32)
 
 
+def count_rows(n_in, n_hidden, n_out):
+    """Number of rows of 64 weights in an MLP, see kernels.py."""
+    return n_in + k.WIDTH * (n_hidden - 1) + n_out
+
+
 class Model:
-    """The field's parameters and all buffers of a step. Shapes stand behind each line; n = batch, the sample budget."""
+    """The field's parameters and all buffers of a step. n = march, the most samples in flight."""
 
     def __init__(self, settings, n_levels=N_LEVELS, training=True):
         """settings: an entry of MACHINES. A model that only renders (training=False) has no gradients."""
         self.settings, self.n_levels = settings, n_levels
-        n, n_rays, cells = settings["batch"], settings["rays"], settings["grid"] ** 3
+        n, n_rays, cells = settings["march"], settings["rays"], settings["grid"] ** 3
         layout = level_layout(settings, n_levels)
-        n_slots = int(layout[:, 2].sum())
-        self.n_entries = n_slots * k.N_FEATURES
-        self.n_params = sum(n_in * n_out for _, n_in, n_out in LAYERS)
-        self.pitch = self.n_params + 16                          # of a row of `partial`
+        self.n_slots = int(layout[:, 2].sum())
+        self.n_weights = k.WIDTH * sum(count_rows(*mlp) for mlp in MLPS.values())
+        self.n_rows = self.n_slots + self.n_weights // k.N_FEATURES
+        self.pitch = self.n_weights + 16                         # of a row of `partial`
 
         f32, i32, u32 = ti.f32, ti.i32, ti.u32
         self.buffers = []
-        self.table = self.new(f32, self.n_entries)               # [n_slots, N_FEATURES]
-        self.params = self.new(f32, self.n_params)               # the layers' weights, in the order of LAYERS
+        self.params = self.new(k.row8, self.n_rows)              # the hash table's slots, then the MLPs' weights
         self.level = self.new(i32, layout.size)                  # [n_levels, 4]
         self.level.from_numpy(layout.ravel())
-        self.occupancy = self.new(u32, cells // 32)              # one bit per cell
-        self.layer, first = types.SimpleNamespace(), 0
-        for name, n_in, n_out in LAYERS:
-            weight = self.new(k.row64 if n_out == k.WIDTH else k.row16, n_in)
-            weight_t = self.new(k.row64, n_out)
-            setattr(self.layer, name, types.SimpleNamespace(n_in=n_in, first=first, weight=weight, weight_t=weight_t))
-            first += n_in * n_out
+        self.occupancy = self.new(u32, cells // 2048 * 65)       # bits: see kernels.py
+        first = self.n_slots * k.N_FEATURES
+        for name, (n_in, n_hidden, n_out) in MLPS.items():
+            setattr(self, name, types.SimpleNamespace(
+                n_in=n_in, n_hidden=n_hidden, n_out=n_out, first=first,
+                weight=self.new(k.row64, n_in + k.WIDTH * (n_hidden - 1)),
+                weight_t=self.new(k.row64, k.WIDTH * n_hidden + k.OUTPUT), weight_out=self.new(k.row16, k.WIDTH)))
+            first += k.WIDTH * count_rows(n_in, n_hidden, n_out)
 
         self.ray_pixel = self.new(i32, n_rays)                   # index of the pixel
         self.ray = self.new(f32, 8 * n_rays)                     # origin, t_first, direction, t_last
         self.ray_step = self.new(i32, n_rays)
-        self.ray_span = self.new(i32, 2 * n_rays)                # first sample, number of samples
+        self.march_span = self.new(i32, 2 * n_rays)              # first sample, number of samples: marched
+        self.ray_span = self.new(i32, 2 * n_rays)                # the same of those that are kept
         self.pixel = self.new(f32, 4 * n_rays)                   # color without background, T
         self.depth = self.new(f32, n_rays)
         self.block_start = self.new(i32, -(-n_rays // settings["block"]))
-        self.counter = self.new(i32, 4)                          # see kernels.py
-        self.sample = self.new(f32, 4 * n)                       # position, dt
+        self.march_counter = self.new(i32, 4)                    # see kernels.py
+        self.march_sample = self.new(f32, 4 * n)                 # position, dt
+        self.march_feature = self.new(k.row64, n)                # the first n_levels * N_FEATURES entries
+        self.march_sigma = self.new(f32, n)
+        self.keep = self.new(i32, n)                             # 1 if light reaches the sample
+        self.counter = self.new(i32, 4)
+        self.sample = self.new(f32, 4 * n)
         self.sample_ray = self.new(i32, n)
-        self.feature = self.new(k.row64, n)                      # the first n_levels * N_FEATURES entries
+        self.feature = self.new(k.row64, n)
         self.density_hidden = self.new(k.row64, n)
         self.geometry = self.new(k.row16, n)                     # [0] becomes sigma, all of it goes to the color MLP
         self.color_input = self.new(k.row64, n)                  # geometry, spherical harmonics: the first 32 entries
-        self.color_hidden_1 = self.new(k.row64, n)
-        self.color_hidden_2 = self.new(k.row64, n)
+        self.color_hidden = self.new(k.row64, 2 * n)
         self.color_raw = self.new(k.row16, n)                    # 3 are used
         self.rgb_sigma = self.new(f32, 4 * n)
         if not training:
             return
 
-        self.grad_table = self.new(f32, self.n_entries)
-        self.grad_params = self.new(f32, self.n_params)
-        self.table_moment = self.new(f32, 2 * self.n_entries)    # Adam's m, v
-        self.params_moment = self.new(f32, 2 * self.n_params)
+        self.grad_params = self.new(k.row8, self.n_rows)
+        self.moment = self.new(k.row8, 2 * self.n_rows)          # Adam's m, v
         self.partial = self.new(f32, -(-n // settings["chunk"]) * self.pitch)
         self.loss = self.new(f32, n_rays)
         self.grad_pixel = self.new(f32, 4 * n_rays)
@@ -277,8 +285,7 @@ class Model:
         self.grad_density_hidden = self.new(k.row64, n)
         self.grad_geometry = self.new(k.row16, n)
         self.grad_color_input = self.new(k.row64, n)
-        self.grad_color_hidden_1 = self.new(k.row64, n)
-        self.grad_color_hidden_2 = self.new(k.row64, n)
+        self.grad_color_hidden = self.new(k.row64, 2 * n)
         self.grad_color_raw = self.new(k.row16, n)
         self.grad_rgb_sigma = self.new(f32, 4 * n)
         self.density_grid = self.new(f32, cells)                 # -1 where no camera looks
@@ -297,106 +304,113 @@ class Model:
 
     def initialize(self, seed):
         """Random parameters: the table U(+-1e-4), weights Glorot uniform (bound sqrt(6 / (inputs + outputs)))."""
-        k.fill_uniform(self.n_entries, 0, TABLE_BOUND, seed, self.table)
-        first = 0
-        for _, n_in, n_out in LAYERS:
-            k.fill_uniform(n_in * n_out, first, math.sqrt(6.0 / (n_in + n_out)), seed, self.params)
-            first += n_in * n_out
+        k.fill_uniform(self.n_slots * k.N_FEATURES, 0, TABLE_BOUND, seed, self.params)
+        for mlp in (self.density, self.color):
+            first = mlp.first
+            for n_in, n_out in [(mlp.n_in, k.WIDTH)] + [(k.WIDTH, k.WIDTH)] * (mlp.n_hidden - 1) + [(k.WIDTH, mlp.n_out)]:
+                k.fill_uniform(n_in * n_out, first, math.sqrt(6.0 / (n_in + n_out)), seed, self.params)
+                first += n_in * n_out
         load_weights(self)
 
 
 def load_weights(m):
-    """Flat parameters into rows, after each change of them."""
-    for layer in (m.layer.density_1, m.layer.color_1, m.layer.color_2):
-        k.load_hidden_weights(layer.n_in, layer.first, m.params, layer.weight, layer.weight_t)
-    for layer in (m.layer.density_2, m.layer.color_3):
-        k.load_output_weights(layer.first, m.params, layer.weight, layer.weight_t)
+    """Weights into wide rows, after each change of them."""
+    for mlp in (m.density, m.color):
+        k.load_weights(mlp.n_in, mlp.n_hidden, mlp.n_out, mlp.first, m.params, mlp.weight, mlp.weight_t, mlp.weight_out)
+
+
+def scan(m, n_rays, span, counter):
+    """Numbers of samples to spans."""
+    block = m.settings["block"]
+    k.sum_counts(n_rays, block, span, m.block_start)
+    k.scan_blocks(n_rays, block, m.settings["march"], m.block_start, counter)
+    k.claim_spans(n_rays, block, m.block_start, span)
 
 
 def march(m, n_rays, limit, step_length):
     """Rays to samples: at most `limit` more per ray."""
-    grid, block = m.settings["grid"], m.settings["block"]
-    k.count_samples(n_rays, limit, step_length, grid, m.ray, m.ray_step, m.pixel, m.occupancy, m.ray_span)
-    k.sum_counts(n_rays, block, m.ray_span, m.block_start)
-    k.scan_blocks(n_rays, block, m.settings["batch"], m.block_start, m.counter)
-    k.claim_spans(n_rays, block, m.block_start, m.ray_span)
-    k.write_samples(n_rays, limit, step_length, grid, m.ray, m.ray_step, m.occupancy, m.ray_span, m.sample,
-                    m.sample_ray)
+    grid = m.settings["grid"]
+    k.count_samples(n_rays, limit, step_length, grid, m.ray, m.ray_step, m.pixel, m.occupancy, m.march_span)
+    scan(m, n_rays, m.march_span, m.march_counter)
+    k.write_samples(n_rays, limit, step_length, grid, m.ray, m.ray_step, m.occupancy, m.march_span, m.march_sample)
 
 
-def density_forward(m, counter):
-    """Samples to geometry and sigma; for the samples of rays and for the cells of the occupancy grid."""
-    net = m.layer
-    k.hash_encode_forward(m.n_levels, counter, m.level, m.sample, m.table, m.feature)
-    k.hidden_layer_forward(net.density_1.n_in, counter, m.feature, net.density_1.weight, m.density_hidden)
-    k.output_layer_forward(counter, m.density_hidden, net.density_2.weight, m.geometry)
-    k.density_head_forward(counter, m.geometry, m.rgb_sigma)
+def probe(m, counter):
+    """Density of the marched samples, or of the occupancy grid's cells."""
+    net = m.density
+    k.hash_encode_forward(m.n_levels, counter, m.level, m.march_sample, m.params, m.march_feature)
+    k.probe_density(net.n_in, counter, m.march_feature, net.weight, net.weight_t, m.march_sigma)
 
 
 def forward(m, n_rays):
-    """Samples to pixels."""
-    net, counter = m.layer, m.counter
-    density_forward(m, counter)
+    """Marched samples to pixels: density decides which of them are kept, and only those go on."""
+    probe(m, m.march_counter)
+    k.mark_visible_samples(n_rays, MIN_WEIGHT, m.march_span, m.march_sample, m.march_sigma, m.pixel, m.keep, m.ray_span)
+    scan(m, n_rays, m.ray_span, m.counter)
+    k.keep_visible_samples(n_rays, m.march_span, m.march_sample, m.march_feature, m.keep, m.ray_span, m.sample,
+                           m.feature, m.sample_ray)
 
+    net, counter, capacity = m.density, m.counter, m.settings["march"]
+    k.mlp_forward(net.n_in, net.n_hidden, capacity, counter, m.feature, net.weight, net.weight_out, m.density_hidden, m.geometry)
+    k.density_head_forward(counter, m.geometry, m.rgb_sigma)
+
+    net = m.color
     k.color_input_forward(counter, m.geometry, m.sample_ray, m.ray, m.color_input)
-    k.hidden_layer_forward(net.color_1.n_in, counter, m.color_input, net.color_1.weight, m.color_hidden_1)
-    k.hidden_layer_forward(net.color_2.n_in, counter, m.color_hidden_1, net.color_2.weight, m.color_hidden_2)
-    k.output_layer_forward(counter, m.color_hidden_2, net.color_3.weight, m.color_raw)
+    k.mlp_forward(net.n_in, net.n_hidden, capacity, counter, m.color_input, net.weight, net.weight_out, m.color_hidden,
+                  m.color_raw)
     k.color_head_forward(counter, m.color_raw, m.rgb_sigma)
 
     k.composite_forward(n_rays, m.ray, m.ray_span, m.sample, m.rgb_sigma, m.pixel, m.depth)
 
 
 def backward(m, n_rays):
-    """Mirror of forward(), from grad_pixel to grad_params and grad_table, bottom to top."""
-    net, counter, chunk, pitch = m.layer, m.counter, m.settings["chunk"], m.pitch
+    """Mirror of forward() for the samples that were kept, bottom to top: from grad_pixel to grad_params."""
+    counter, capacity, chunk, pitch = m.counter, m.settings["march"], m.settings["chunk"], m.pitch
     k.composite_backward(n_rays, m.ray_span, m.sample, m.rgb_sigma, m.pixel, m.grad_pixel, m.grad_rgb_sigma)
 
+    net = m.color
     k.color_head_backward(counter, m.rgb_sigma, m.grad_rgb_sigma, m.grad_color_raw)
-    k.output_layer_backward_weight(chunk, pitch, net.color_3.first, counter, m.color_hidden_2, m.grad_color_raw,
-                                   m.partial)
-    k.output_layer_backward_input(counter, m.color_hidden_2, net.color_3.weight_t, m.grad_color_raw,
-                                  m.grad_color_hidden_2)
-    k.hidden_layer_backward_weight(net.color_2.n_in, chunk, pitch, net.color_2.first, counter, m.color_hidden_1,
-                                   m.grad_color_hidden_2, m.partial)
-    k.hidden_layer_backward_input(1, counter, m.color_hidden_1, net.color_2.weight_t, m.grad_color_hidden_2,
-                                  m.grad_color_hidden_1)
-    k.hidden_layer_backward_weight(net.color_1.n_in, chunk, pitch, net.color_1.first, counter, m.color_input,
-                                   m.grad_color_hidden_1, m.partial)
-    k.hidden_layer_backward_input(0, counter, m.color_input, net.color_1.weight_t, m.grad_color_hidden_1,
-                                  m.grad_color_input)
+    k.mlp_backward_input(net.n_hidden, net.n_out, capacity, counter, m.color_hidden, net.weight_t, m.grad_color_raw,
+                         m.grad_color_hidden, m.grad_color_input)
+    k.mlp_backward_weight(net.n_in, net.n_hidden, net.n_out, capacity, chunk, pitch, net.first - m.density.first, counter,
+                          m.color_input, m.color_hidden, m.grad_color_hidden, m.grad_color_raw, m.partial)
 
+    net = m.density
     k.density_head_backward(counter, m.rgb_sigma, m.grad_rgb_sigma, m.grad_color_input, m.grad_geometry)
-    k.output_layer_backward_weight(chunk, pitch, net.density_2.first, counter, m.density_hidden, m.grad_geometry,
-                                   m.partial)
-    k.output_layer_backward_input(counter, m.density_hidden, net.density_2.weight_t, m.grad_geometry,
-                                  m.grad_density_hidden)
-    k.hidden_layer_backward_weight(net.density_1.n_in, chunk, pitch, net.density_1.first, counter, m.feature,
-                                   m.grad_density_hidden, m.partial)
-    k.hidden_layer_backward_input(0, counter, m.feature, net.density_1.weight_t, m.grad_density_hidden, m.grad_feature)
-    k.hash_encode_backward(m.n_levels, m.settings["hash_chunks"], counter, m.level, m.sample, m.grad_feature,
-                           m.grad_table)
-    k.sum_partials(m.n_params, chunk, pitch, counter, m.partial, m.grad_params)
+    k.mlp_backward_input(net.n_hidden, net.n_out, capacity, counter, m.density_hidden, net.weight_t, m.grad_geometry,
+                         m.grad_density_hidden, m.grad_feature)
+    k.mlp_backward_weight(net.n_in, net.n_hidden, net.n_out, capacity, chunk, pitch, 0, counter, m.feature, m.density_hidden,
+                          m.grad_density_hidden, m.grad_geometry, m.partial)
+    n_chunks = max(512, -(-capacity // m.settings["hash_chunk"]))     # a CPU takes 512 turns of a loop as one task
+    k.hash_encode_backward(m.n_levels, n_chunks, m.settings["hash_chunk"], counter, m.level, m.sample, m.grad_feature,
+                           m.grad_params)
+    k.sum_partials(m.n_weights, chunk, pitch, m.density.first, counter, m.partial, m.grad_params)
 
 
 def adam(m, step, learning_rate):
     """One step of the optimiser, the step-th (from 1), with Adam's bias corrections folded into the rate."""
     rate = learning_rate * math.sqrt(1.0 - BETA_2**step) / (1.0 - BETA_1**step)
-    k.adam_step(m.n_entries, rate, BETA_1, BETA_2, EPSILON, m.table, m.grad_table, m.table_moment)
-    k.adam_step(m.n_params, rate, BETA_1, BETA_2, EPSILON, m.params, m.grad_params, m.params_moment)
+    k.adam_step(m.n_rows, rate, BETA_1, BETA_2, EPSILON, m.params, m.grad_params, m.moment)
     load_weights(m)
 
 
 def update_occupancy(m, n_cells, first, seed, step):
     """Look at n_cells cells of the occupancy grid anew, from the `first` of the scattered walk on."""
     grid = m.settings["grid"]
-    k.place_cell_samples(n_cells, first, grid, seed, step, m.sample, m.cell_counter)
-    density_forward(m, m.cell_counter)
-    k.update_density_grid(n_cells, first, grid, DECAY, m.rgb_sigma, m.density_grid)
+    k.place_cell_samples(n_cells, first, grid, seed, step, m.march_sample, m.cell_counter)
+    probe(m, m.cell_counter)
+    k.update_density_grid(n_cells, first, grid, DECAY, m.march_sigma, m.density_grid)
+    pack_occupancy(m)
+
+
+def pack_occupancy(m):
+    """Densities of cells to bits, for marching."""
+    grid = m.settings["grid"]
     k.sum_density_grid(grid**3, 1024, m.density_grid, m.block_density)
     k.find_threshold(grid**3 // 1024, EMPTY_ALPHA * m.settings["train_steps"] / math.sqrt(3.0), m.block_density,
                      m.threshold)
     k.pack_occupancy(grid**3 // 32, m.density_grid, m.threshold, m.occupancy)
+    k.pack_blocks(grid, m.occupancy)
 
 
 def train_step(m, n_rays, views, seed, step, learning_rate):
@@ -407,8 +421,8 @@ def train_step(m, n_rays, views, seed, step, learning_rate):
                     views.camera, m.ray, m.ray_step, m.pixel, m.depth)
     march(m, n_rays, k.END, step_length)
     forward(m, n_rays)
-    k.loss_and_gradient(n_rays, int(views.has_alpha), seed, step, m.counter, m.ray_pixel, views.image, m.ray_span,
-                        m.pixel, m.loss, m.grad_pixel)
+    k.loss_and_gradient(n_rays, int(views.has_alpha), seed, step, m.march_counter, m.ray_pixel, views.image,
+                        m.march_span, m.pixel, m.loss, m.grad_pixel)
     backward(m, n_rays)
     adam(m, step + 1, learning_rate)
 
@@ -432,6 +446,11 @@ def upload_views(m, views):
 
 # ---- Training and rendering -----------------------------------------------------------------------------------------
 
+def read_totals(m):
+    """[3] u32, wrapping around: rays dropped, samples marched, samples kept since the model was made."""
+    return np.concatenate([m.march_counter.to_numpy()[2:], m.counter.to_numpy()[3:]]).view(np.uint32)
+
+
 def train(m, views, seed, steps=None, seconds=None, report=lambda **line: None):
     """Train for a number of steps, or for so many seconds of wall clock; the learning rate's schedule spans either.
 
@@ -446,13 +465,12 @@ def train(m, views, seed, steps=None, seconds=None, report=lambda **line: None):
     train_step(m, 0, views, seed, 0, 0.0)
     update_occupancy(m, 0, 0, seed, 0)
     k.mark_visible_cells(grid, views.n, views.width, views.height, NEAR / BOX_SIDE, views.camera, m.density_grid)
-    m.threshold.fill(-0.5)                                       # every cell that a camera sees may hold something
-    k.pack_occupancy(grid**3 // 32, m.density_grid, m.threshold, m.occupancy)
+    pack_occupancy(m)                                            # every cell that a camera sees may hold something
     ti.sync()
     total = dict(steps=0, train_seconds=0.0, compile_seconds=time.perf_counter() - start, samples=0, rays=0,
                  rays_dropped=0)
 
-    n_rays, rays_since, seen = min(256, m.settings["rays"]), 0, m.counter.to_numpy().view(np.uint32)
+    n_rays, rays_since, seen = min(256, m.settings["rays"]), 0, read_totals(m)
     step, progress, cell = 0, 0.0, 0
     start = time.perf_counter()
     while progress < 1.0:
@@ -464,11 +482,12 @@ def train(m, views, seed, steps=None, seconds=None, report=lambda **line: None):
             cell = (cell + n_cells) % grid**3
         progress = step / steps if steps is not None else (time.perf_counter() - start) / seconds
         if step % READ_EVERY == 0 or step in (1, 2, 4, 8) or progress >= 1.0:
-            counter = m.counter.to_numpy().view(np.uint32)       # waits for the device
-            dropped, samples = (int(d) for d in (counter - seen)[2:])
+            totals = read_totals(m)                              # waits for the device
+            dropped, marched, samples = (int(d) for d in totals - seen)
             total["samples"], total["rays"] = total["samples"] + samples, total["rays"] + rays_since - dropped
             total["rays_dropped"] += dropped
-            loss = float(m.loss.to_numpy()[:n_rays].sum() / max(counter[1], 1))
+            kept_rays = max(int(m.march_counter.to_numpy()[1]), 1)
+            loss = float(m.loss.to_numpy()[:n_rays].sum() / kept_rays)
             if not math.isfinite(loss):
                 raise UserError(f"the loss is not a finite number at step {step}", "are the poses and images right?")
             line = dict(progress=progress, step=step, seconds=time.perf_counter() - start, loss=loss,
@@ -476,9 +495,9 @@ def train(m, views, seed, steps=None, seconds=None, report=lambda **line: None):
             line["samples_per_second"] = total["samples"] / line["seconds"]
             report(**line)
             # The next rays: as many as fill 95 % of the budget if they want what the last ones wanted.
-            wanted = max(samples, 1) / max(rays_since - dropped, 1)
-            n_rays = int(min(max(0.95 * batch / wanted, m.settings["block"]), m.settings["rays"]))
-            seen, rays_since = counter, 0
+            share = 0.95 * min(batch / max(samples, 1), m.settings["march"] / max(marched, 1))
+            n_rays = int(min(max(share * (rays_since - dropped), m.settings["block"]), m.settings["rays"]))
+            seen, rays_since = totals, 0
     ti.sync()
     total["steps"], total["train_seconds"] = step, time.perf_counter() - start
     return total
@@ -491,7 +510,7 @@ def render_view(m, camera, width, height):
     buffers for, and a tile in waves: each takes the rays that light still gets through a few samples further.
     """
     step_length = math.sqrt(3.0) / m.settings["render_steps"]
-    n_pixels, tile = width * height, min(m.settings["rays"], m.settings["batch"] // 4)
+    n_pixels, tile = width * height, min(m.settings["rays"], m.settings["march"] // 4)
     rgb, depth = np.empty((n_pixels, 3), np.float32), np.empty(n_pixels, np.float32)
     if not hasattr(m, "view_camera"):
         m.view_camera = m.new(ti.f32, 16)
@@ -505,9 +524,9 @@ def render_view(m, camera, width, height):
         while marching:
             march(m, n_rays, limit, step_length)
             forward(m, n_rays)
-            n_samples, n_kept = m.counter.to_numpy()[:2]
+            n_samples, n_kept = m.march_counter.to_numpy()[:2]
             marching = n_samples > 0 or n_kept < n_rays
-            limit = min(2 * limit, m.settings["batch"] // m.settings["block"])
+            limit = min(2 * limit, m.settings["march"] // m.settings["block"])
         pixel = m.pixel.to_numpy()[:4 * n_rays].reshape(n_rays, 4)
         rgb[first:first + n_rays] = pixel[:, :3] + pixel[:, 3:]
         opacity = 1.0 - pixel[:, 3]
@@ -558,7 +577,7 @@ def evaluate(m, views, each=lambda i, rgb, depth, truth: None):
 def save_model(path, m, info, cameras):
     """Write all that rendering needs to an .npz: table, params, occupancy, info (a dict, as JSON) and cameras (a dict
     of arrays [n, 16] in world units, stored as camera_<name>). Written beside and then moved, so never half there."""
-    arrays = dict(table=m.table.to_numpy(), params=m.params.to_numpy(), occupancy=m.occupancy.to_numpy(),
+    arrays = dict(params=m.params.to_numpy(), occupancy=m.occupancy.to_numpy(),
                   info=np.array(json.dumps(info)), **{f"camera_{name}": camera for name, camera in cameras.items()})
     with open(path + ".part", "wb") as file:
         np.savez(file, **arrays)
@@ -576,7 +595,7 @@ def load_model(folder, machine):
         info = json.loads(str(arrays["info"]))
         settings = {**MACHINES[machine], **info["settings"]}
         m = Model(settings, info["n_levels"], training=False)
-        for name in ("table", "params", "occupancy"):
+        for name in ("params", "occupancy"):
             getattr(m, name).from_numpy(arrays[name])
     except Exception as error:                       # zip, JSON and NumPy each have errors of their own
         raise UserError(f"{path} is not a model of this version: {error}", "train again with this version")
