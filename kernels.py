@@ -28,20 +28,20 @@ import taichi as ti
 
 WIDTH = 64            # neurons of a hidden layer, and the most inputs any layer has
 OUTPUT = 16           # most outputs an MLP has: the density MLP's; the color MLP has 3
-N_FEATURES = 8        # features of a hash-table slot, and numbers in a row of the parameters
+N_FEATURES = 4        # F: features of a hash-table slot, and numbers in a row of the parameters
 UNKNOWN = 1e9         # density of a cell that nobody has looked at yet: it counts as occupied
 END = 1 << 30         # step index of a ray that has left the box
 T_STOP = 1e-4         # a ray ends when less than this share of light reaches its next sample
 RAW_SIGMA_MAX = 15.0  # exp() is guarded above this: e^15 per box side is opaque within one step
 
 vec3 = ti.types.vector(3, ti.f32)
-row8 = ti.types.vector(N_FEATURES, ti.f32)
+rowF = ti.types.vector(N_FEATURES, ti.f32)
 row16 = ti.types.vector(OUTPUT, ti.f32)
 row64 = ti.types.vector(WIDTH, ti.f32)
 f32buf = ti.types.ndarray(ti.f32, ndim=1)
 i32buf = ti.types.ndarray(ti.i32, ndim=1)
 u32buf = ti.types.ndarray(ti.u32, ndim=1)
-rows8 = ti.types.ndarray(row8, ndim=1)
+rowsF = ti.types.ndarray(rowF, ndim=1)
 rows16 = ti.types.ndarray(row16, ndim=1)
 rows64 = ti.types.ndarray(row64, ndim=1)
 
@@ -73,10 +73,10 @@ def random_f32(seed, stream, step, index):
 
 
 @ti.kernel
-def fill_uniform(n: ti.i32, first: ti.i32, bound: ti.f32, seed: ti.i32, params: rows8):
+def fill_uniform(n: ti.i32, first: ti.i32, bound: ti.f32, seed: ti.i32, params: rowsF):
     """Initial parameters: U(-bound, bound) for the n numbers from `first` on.
 
-    params   [>= (first + n) / 8] rows of 8  out
+    params   [>= (first + n) / F] rows of F  out
     thread   one per number
     """
     for t in range(first, first + n):
@@ -551,7 +551,7 @@ def corner_weight(fraction, corner):
 
 
 @ti.kernel
-def hash_encode_forward(n_levels: ti.i32, counter: i32buf, level: i32buf, sample: f32buf, table: rows8,
+def hash_encode_forward(n_levels: ti.i32, counter: i32buf, level: i32buf, sample: f32buf, table: rowsF,
                         feature: rows64):
     """Each level of the grid, interpolated at each sample:
 
@@ -569,7 +569,7 @@ def hash_encode_forward(n_levels: ti.i32, counter: i32buf, level: i32buf, sample
         l = t // counter[0]
         i = t % counter[0]
         cell, fraction = locate(i, sample, level[4 * l])
-        total = row8(0.0)
+        total = rowF(0.0)
         for corner in ti.static(range(8)):
             total += corner_weight(fraction, corner) * table[corner_slot(l, level, cell, corner)]
         for c in ti.static(range(N_FEATURES)):
@@ -578,7 +578,7 @@ def hash_encode_forward(n_levels: ti.i32, counter: i32buf, level: i32buf, sample
 
 @ti.kernel
 def hash_encode_backward(n_levels: ti.i32, n_chunks: ti.i32, chunk: ti.i32, counter: i32buf, level: i32buf,
-                         sample: f32buf, grad_feature: rows64, grad_table: rows8):
+                         sample: f32buf, grad_feature: rows64, grad_table: rowsF):
     """The transpose of hash_encode_forward, which is linear in the table:
 
         grad_table[slot_l(v)][c] += w_v grad_feature[i][F l + c]      for every sample i and corner v of its cell
@@ -586,7 +586,7 @@ def hash_encode_backward(n_levels: ti.i32, n_chunks: ti.i32, chunk: ti.i32, coun
     n_chunks chunks of `chunk` samples each, at least as many as there are samples.
     counter, level, sample                in      as in hash_encode_forward
     grad_feature  [n_samples] rows of 64  in
-    grad_table    [n_slots] rows of 8     in-out
+    grad_table    [n_slots] rows of F     in-out
     thread   one per (level, chunk of samples)
     atomic   f32 add on grad_table, unless one chunk holds all samples: then a level has one writer, and plain adds, in
              sample order, are faster on a CPU and exactly repeatable
@@ -595,7 +595,7 @@ def hash_encode_backward(n_levels: ti.i32, n_chunks: ti.i32, chunk: ti.i32, coun
         l = t // n_chunks
         first = t % n_chunks * chunk
         for i in range(first, ti.min(first + chunk, counter[0])):
-            g = row8(0.0)
+            g = rowF(0.0)
             for c in ti.static(range(N_FEATURES)):
                 g[c] = grad_feature[i][N_FEATURES * l + c]
             cell, fraction = locate(i, sample, level[4 * l])
@@ -609,22 +609,23 @@ def hash_encode_backward(n_levels: ti.i32, n_chunks: ti.i32, chunk: ti.i32, coun
                         ti.atomic_add(grad_table[slot][c], w * g[c])
 
 
-# ---- MLP: n_hidden hidden layers y = relu(x W), 64 wide, and an output layer y = x W of n_out <= 16 columns; no biases.
-# The density MLP is F n_levels -> 64 -> 16, the color MLP 32 -> 64 -> 64 -> 3. A sample passes all layers in one thread:
-# what a layer has written is still in the cache when the next one reads it. In `params` an MLP is a list of rows of 64:
-# n_rows = n_in + 64 (n_hidden - 1) rows of the hidden layers' W, then the n_out rows of the output layer's W^T. Before
-# use they are copied into wider rows, W and its transpose:
-#     weight  [n_rows] rows of 64         weight_t  [64 n_hidden + 16] rows of 64      of all layers, one below the other
-#     weight_out  [64] rows of 16
+# ---- MLP: n_hidden hidden layers y = relu(x W), 64 wide, and an output layer y = x W of n_out <= 16 columns; without
+# biases. The density MLP is F n_levels -> 64 -> 16, the color MLP 32 -> 64 -> 64 -> 3. A sample passes all layers in
+# one thread: what a layer has written is still in the cache when the next one reads it. In `params` an MLP is a list of
+# rows of 64: n_rows = n_in + 64 (n_hidden - 1) rows of the hidden layers' W, one layer below the other, then the n_out
+# rows of the output layer's W^T. Before use they are copied into wider rows:
+#     weight      [n_rows] rows of 64               W of the hidden layers
+#     weight_out  [64] rows of 16                   W of the output layer
+#     weight_t    [64 n_hidden + 16] rows of 64     W^T of all layers
 # hidden [n_hidden, capacity] rows of 64 is what the ReLUs put out, layer by layer. grad_hidden means "before the ReLU":
 # it is zero where hidden is zero.
 
 @ti.kernel
-def load_weights(n_in: ti.i32, n_hidden: ti.i32, n_out: ti.i32, first: ti.i32, params: rows8, weight: rows64,
+def load_weights(n_in: ti.i32, n_hidden: ti.i32, n_out: ti.i32, first: ti.i32, params: rowsF, weight: rows64,
                  weight_t: rows64, weight_out: rows16):
     """Weights of an MLP, the numbers of `params` from `first` on, as rows.
 
-    params                         [n_param_rows] rows of 8  in
+    params                         [n_param_rows] rows of F  in
     weight, weight_t, weight_out   see above                 out   what belongs to inputs beyond n_in and outputs beyond
                                                                    n_out is not written: the host zeroed it
     thread   one per weight
@@ -745,12 +746,12 @@ def mlp_backward_weight(n_in: ti.i32, n_hidden: ti.i32, n_out: ti.i32, capacity:
 
 @ti.kernel
 def sum_partials(n_weights: ti.i32, chunk: ti.i32, pitch: ti.i32, first: ti.i32, counter: i32buf, partial: f32buf,
-                 grad_params: rows8):
+                 grad_params: rowsF):
     """grad_params += the partial sums of all chunks, in order.
 
     counter      [4]                 in
     partial      [n_chunks, pitch]   in      pitch >= n_weights; no multiple of 1024, or a column shares one cache set
-    grad_params  [n_rows] rows of 8  in-out  the n_weights numbers from `first` on
+    grad_params  [n_rows] rows of F  in-out  the n_weights numbers from `first` on
     thread       one per weight
     """
     for p in range(n_weights):
@@ -761,44 +762,13 @@ def sum_partials(n_weights: ti.i32, chunk: ti.i32, pitch: ti.i32, first: ti.i32,
         grad_params[j][c] = grad_params[j][c] + total
 
 
-# ---- Heads: from what the MLPs put out to density and color; and the color MLP's input, where the density MLP's output
-# meets the direction of view. Here two gradients meet on the way back: density_head_backward adds them.
+# ---- Visibility: most of what is marched lies behind a surface or in air. A probe asks the field for density alone;
+# the samples that light reaches, and that stop some of it, are kept: their counts are scanned into new spans, they are
+# copied together, and only they take part in what follows, forward and backward. (instant-ngp compacts its samples too
+# before each training step.)
 
 @ti.kernel
-def density_head_forward(counter: i32buf, geometry: rows16, rgb_sigma: f32buf):
-    """sigma[i] = exp(geometry[i][0]), guarded: exp(min(., RAW_SIGMA_MAX)), since e^89 overflows.
-
-    counter    [4]                     in
-    geometry   [n_samples] rows of 16  in    output of the density MLP
-    rgb_sigma  [n_samples, 4]          out   [3]
-    thread     one per sample
-    """
-    for i in range(counter[0]):
-        rgb_sigma[4 * i + 3] = ti.exp(ti.min(geometry[i][0], RAW_SIGMA_MAX))
-
-
-@ti.kernel
-def density_head_backward(counter: i32buf, rgb_sigma: f32buf, grad_rgb_sigma: f32buf, grad_color_input: rows64,
-                          grad_geometry: rows16):
-    """grad_geometry[i] = grad_color_input[i][:16] + (sigma grad_sigma, 0, ..., 0)
-
-    The slope of exp is sigma. Beyond the guard it is kept, e^RAW_SIGMA_MAX, so that a value can come back.
-    counter           [4]                     in
-    rgb_sigma         [n_samples, 4]          in    [3] = sigma
-    grad_rgb_sigma    [n_samples, 4]          in    [3]
-    grad_color_input  [n_samples] rows of 64  in    the first 16 entries
-    grad_geometry     [n_samples] rows of 16  out
-    thread            one per sample
-    """
-    for i in range(counter[0]):
-        for c in ti.static(range(OUTPUT)):
-            grad_geometry[i][c] = grad_color_input[i][c]
-        grad_geometry[i][0] = grad_color_input[i][0] + rgb_sigma[4 * i + 3] * grad_rgb_sigma[4 * i + 3]
-
-
-@ti.kernel
-def probe_density(n_in: ti.i32, counter: i32buf, x: rows64, weight: rows64, weight_t: rows64,
-                  sigma: f32buf):
+def probe_density(n_in: ti.i32, counter: i32buf, x: rows64, weight: rows64, weight_t: rows64, sigma: f32buf):
     """What mlp_forward and density_head_forward make of an MLP with one hidden layer, of the first output alone and
     without storing what is between: sigma[i] = exp(min(relu(x[i] W) . w, RAW_SIGMA_MAX)), w the first row of W_out^T.
 
@@ -817,9 +787,8 @@ def probe_density(n_in: ti.i32, counter: i32buf, x: rows64, weight: rows64, weig
 def mark_visible_samples(n_rays: ti.i32, min_weight: ti.f32, march_span: i32buf, march_sample: f32buf,
                          march_sigma: f32buf, pixel: f32buf, keep: i32buf, ray_span: i32buf):
     """Which samples add light to their pixel: those whose weight T_k alpha_k (see composite_forward) is at least
-    min_weight, in front of the early stop. Most of what is marched lies behind a surface, or in air.
+    min_weight, in front of the early stop.
 
-    The spans are then scanned anew.
     march_span    [n_rays, 2]     in    first sample, number of samples, of those marched
     march_sample  [n_marched, 4]  in    [3] = dt
     march_sigma   [n_marched]     in
@@ -865,6 +834,41 @@ def keep_visible_samples(n_rays: ti.i32, march_span: i32buf, march_sample: f32bu
                 feature[i] = march_feature[j]
                 sample_ray[i] = r
                 i += 1
+
+
+# ---- Heads: from what the MLPs put out to density and color; and the color MLP's input, where the density MLP's output
+# meets the direction of view. Here two gradients meet on the way back: density_head_backward adds them.
+
+@ti.kernel
+def density_head_forward(counter: i32buf, geometry: rows16, rgb_sigma: f32buf):
+    """sigma[i] = exp(geometry[i][0]), guarded: exp(min(., RAW_SIGMA_MAX)), since e^89 overflows.
+
+    counter    [4]                     in
+    geometry   [n_samples] rows of 16  in    output of the density MLP
+    rgb_sigma  [n_samples, 4]          out   [3]
+    thread     one per sample
+    """
+    for i in range(counter[0]):
+        rgb_sigma[4 * i + 3] = ti.exp(ti.min(geometry[i][0], RAW_SIGMA_MAX))
+
+
+@ti.kernel
+def density_head_backward(counter: i32buf, rgb_sigma: f32buf, grad_rgb_sigma: f32buf, grad_color_input: rows64,
+                          grad_geometry: rows16):
+    """grad_geometry[i] = grad_color_input[i][:16] + (sigma grad_sigma, 0, ..., 0)
+
+    The slope of exp is sigma. Beyond the guard it is kept, e^RAW_SIGMA_MAX, so that a value can come back.
+    counter           [4]                     in
+    rgb_sigma         [n_samples, 4]          in    [3] = sigma
+    grad_rgb_sigma    [n_samples, 4]          in    [3]
+    grad_color_input  [n_samples] rows of 64  in    the first 16 entries
+    grad_geometry     [n_samples] rows of 16  out
+    thread            one per sample
+    """
+    for i in range(counter[0]):
+        for c in ti.static(range(OUTPUT)):
+            grad_geometry[i][c] = grad_color_input[i][c]
+        grad_geometry[i][0] = grad_color_input[i][0] + rgb_sigma[4 * i + 3] * grad_rgb_sigma[4 * i + 3]
 
 
 @ti.kernel
@@ -1045,8 +1049,8 @@ def loss_and_gradient(n_rays: ti.i32, random_background: ti.i32, seed: ti.i32, s
 
 
 @ti.kernel
-def adam_step(n_rows: ti.i32, learning_rate: ti.f32, beta_1: ti.f32, beta_2: ti.f32, epsilon: ti.f32, params: rows8,
-              grad: rows8, moment: rows8):
+def adam_step(n_rows: ti.i32, learning_rate: ti.f32, beta_1: ti.f32, beta_2: ti.f32, epsilon: ti.f32, params: rowsF,
+              grad: rowsF, moment: rowsF):
     """Adam (Kingma and Ba 2015), for the entries that have a gradient; the others, most of a hash table, are left
     alone, moments included.
 
@@ -1055,9 +1059,9 @@ def adam_step(n_rows: ti.i32, learning_rate: ti.f32, beta_1: ti.f32, beta_2: ti.
 
     The bias corrections sqrt(1 - beta_2^s) / (1 - beta_1^s) of step s, one count for all entries, are a factor that the
     host puts into learning_rate.
-    params  [n_rows] rows of 8     in-out
-    grad    [n_rows] rows of 8     in-out  cleared
-    moment  [n_rows, 2] rows of 8  in-out  m, v
+    params  [n_rows] rows of F     in-out
+    grad    [n_rows] rows of F     in-out  cleared
+    moment  [n_rows, 2] rows of F  in-out  m, v
     thread  one per row
     """
     for t in range(n_rows):
@@ -1067,5 +1071,5 @@ def adam_step(n_rows: ti.i32, learning_rate: ti.f32, beta_1: ti.f32, beta_2: ti.
             v = ti.select(g == 0.0, moment[2 * t + 1], beta_2 * moment[2 * t + 1] + (1.0 - beta_2) * g * g)
             moment[2 * t] = m
             moment[2 * t + 1] = v
-            params[t] = params[t] + ti.select(g == 0.0, row8(0.0), -learning_rate * m / (ti.sqrt(v) + epsilon))
-            grad[t] = row8(0.0)
+            params[t] = params[t] + ti.select(g == 0.0, rowF(0.0), -learning_rate * m / (ti.sqrt(v) + epsilon))
+            grad[t] = rowF(0.0)

@@ -31,8 +31,8 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 F = k.N_FEATURES
 
 # A machine small enough for a renderer in software. The chunk is odd, so that batches do not end with one.
-TINY = dict(batch=1024, rays=512, coarsest=8, finest=8 * 2 ** (tinynerf.N_LEVELS - 1), table=2**13, grid=32,
-            train_steps=32, render_steps=32, refresh=4, block=16, chunk=100, hash_chunks=1 if ON_CPU else 512,
+TINY = dict(march=2048, batch=1024, rays=512, coarsest=8, finest=8 * 2 ** (tinynerf.N_LEVELS - 1), table=2**13, grid=32,
+            train_steps=32, render_steps=32, refresh=4, block=16, chunk=100, hash_chunk=2048 if ON_CPU else 1,
             seconds=1, steps=30, frames=3)
 COARSE = dict(coarsest=4, finest=4 * 2 ** (tinynerf.N_LEVELS - 1), table=512)
 
@@ -89,9 +89,14 @@ def rows(x, width=k.WIDTH, rest=0.0):
     """A NumPy array [n, up to width] as a buffer of rows, filled up with `rest`."""
     padded = np.full((len(x), width), rest, np.float32)
     padded[:, :x.shape[1]] = x
-    buffer = ti.ndarray(k.row64 if width == k.WIDTH else k.row16, len(x))
+    buffer = ti.ndarray({k.WIDTH: k.row64, k.OUTPUT: k.row16, F: k.rowF}[width], len(x))
     buffer.from_numpy(padded)
     return buffer
+
+
+def rowsF(x):
+    """Numbers, a multiple of F, as a buffer of parameters."""
+    return rows(np.reshape(x, (-1, F)), F)
 
 
 def count(n):
@@ -137,9 +142,9 @@ def random_model(seed, stream, step, index):
 @pytest.mark.parametrize("seed", [0, 7, -3])
 def test_random(seed):
     """The random numbers differ from backend to backend, or are not uniform."""
-    x, pixel = buf(np.full(4100, 9.0)), buf(np.zeros(1000, np.int32))
+    x, pixel = rowsF(np.full(4104, 9.0)), buf(np.zeros(1000, np.int32))
     k.fill_uniform(4000, 50, 0.25, seed, x)
-    got, u = x.to_numpy(), random_model(seed, k.STREAM_INIT, 0, np.arange(50, 4050))[1]
+    got, u = x.to_numpy().ravel(), random_model(seed, k.STREAM_INIT, 0, np.arange(50, 4050))[1]
     assert np.array_equal(got[50:4050], 0.25 * (2 * u - 1)) and (got[:50] == 9).all() and (got[4050:] == 9).all()
     assert abs(u.mean() - 1 / 2) < 0.02 and abs(u.var() - 1 / 12) < 0.004
 
@@ -264,7 +269,7 @@ def test_cell_samples_and_density_grid(rng):
     density_grid, want, walked = buf(old), old.copy(), []
     for first in (0, n, 2 * n):
         n_cells = min(n, grid**3 - first)
-        sample, counter, sigma = buf(np.full((n, 4), 9.0)), count(0), uniform(rng, n, 4, low=0, high=2)
+        sample, counter, sigma = buf(np.full((n, 4), 9.0)), count(0), uniform(rng, n, low=0, high=2)
         k.place_cell_samples(n_cells, first, grid, 3, first, sample, counter)
         k.update_density_grid(n_cells, first, grid, 0.75, buf(sigma), density_grid)
         got = sample.to_numpy().reshape(n, 4)[:n_cells]
@@ -272,7 +277,7 @@ def test_cell_samples_and_density_grid(rng):
         cell = cell_index(got[:, :3], grid)
         walked.append(cell)
         known = np.where(old[cell] == k.UNKNOWN, 0, 0.75 * old[cell])
-        want[cell] = np.where(old[cell] < 0, -1, np.maximum(known, sigma[:n_cells, 3]))
+        want[cell] = np.where(old[cell] < 0, -1, np.maximum(known, sigma[:n_cells]))
         inside = got[:, :3] * grid % 1
         assert inside.min() < 0.01 and inside.max() > 0.99 and (np.abs(inside.mean(0) - 0.5) < 0.05).all()
     assert np.array_equal(np.sort(np.concatenate(walked)), np.arange(grid**3))
@@ -301,6 +306,40 @@ def pack_bits(occupied):
     return np.packbits(np.ravel(occupied), bitorder="little").view("<u4")
 
 
+def cell_centers(grid):
+    """Centre [grid^3, 3] of every cell, in the order of their numbers."""
+    center = (np.indices((grid,) * 3).reshape(3, -1).T + 0.5) / grid
+    return center[np.argsort(cell_index(center, grid))]
+
+
+def block_index(x, grid):
+    """Number of the block of 16x16x8 cells around each point [n, 3]; in x they follow one another."""
+    return (x * grid // [16, 16, 8]).astype(int) @ [1, grid // 16, (grid // 16) ** 2]
+
+
+def occupancy_model(occupied):
+    """Bits of all cells, then a word for each block, as pack_occupancy and pack_blocks leave them."""
+    grid = round(len(occupied) ** (1 / 3))
+    block = np.bincount(block_index(cell_centers(grid), grid), occupied) > 0
+    return np.concatenate([pack_bits(occupied), block.astype(np.uint32)])
+
+
+@pytest.mark.parametrize("grid", [16, 32])
+def test_pack_blocks(rng, grid):
+    """A block with a single occupied cell counts as empty, an empty one as occupied, or the bits are changed."""
+    number = np.argsort(block_index(cell_centers(grid), grid), kind="stable").reshape(-1, 2048)      # of block's cells
+    for turn in range(64):
+        occupied = np.zeros(grid**3, bool)
+        some = rng.random(len(number)) < 0.5
+        occupied[number[some, (32 * turn + rng.integers(0, 32, len(number)))[some]]] = True
+        want = occupancy_model(occupied)
+        occupancy = buf(np.where(np.arange(len(want)) < grid**3 // 32, want, 9).astype(np.uint32))
+        k.pack_blocks(grid, occupancy)
+        got = occupancy.to_numpy()
+        assert np.array_equal(got[:grid**3 // 32], want[:grid**3 // 32])
+        assert np.array_equal(got[grid**3 // 32:] != 0, some) and np.array_equal(want[grid**3 // 32:], some)
+
+
 # ---- Marching -------------------------------------------------------------------------------------------------------
 
 def march_model(ray, occupied, step_length):
@@ -314,59 +353,75 @@ def march_model(ray, occupied, step_length):
 
 
 def marching(ray, occupied, capacity, block=16):
-    """What tinynerf.march needs of a model; the sample buffers go on behind their capacity and are filled with -7."""
+    """What tinynerf.march needs of a model; the samples' buffer goes on behind its capacity and is filled with -7."""
     n = len(ray)
     return types.SimpleNamespace(
-        settings=dict(grid=round(len(occupied) ** (1 / 3)), block=block, batch=capacity), ray=buf(ray),
+        settings=dict(grid=round(len(occupied) ** (1 / 3)), block=block, march=capacity), ray=buf(ray),
         ray_step=buf(np.zeros(n, np.int32)), pixel=buf(np.tile([0, 0, 0, 1.0], (n, 1))),
-        occupancy=buf(pack_bits(occupied)), ray_span=buf(np.full(2 * n, 9)),
-        block_start=buf(np.zeros(-(-n // block), np.int32)), counter=count(0),
-        sample=buf(np.full((capacity + 30000, 4), -7.0)), sample_ray=buf(np.full(capacity + 30000, -7)))
+        occupancy=buf(occupancy_model(occupied)), march_span=buf(np.full(2 * n, 9)),
+        block_start=buf(np.zeros(-(-n // block), np.int32)), march_counter=count(0),
+        march_sample=buf(np.full((capacity + 30000, 4), -7.0)))
 
 
-def scene_to_march(share, rng, n=1500):
-    """Random rays of random cameras, and a random grid with that share of its cells occupied."""
+def scene_to_march(share, rng, grid=32, n=1500):
+    """Random rays of random cameras, and a random grid: that share of the cells of every other block is occupied."""
     ray = make_rays(some_cameras(20, 17, rng), 20, 17, 0.05, 1 / 50, 1)[0]
     parallel = (ray[:, 4:7] == 0).any(1)             # none of these may get lost in the choice
     chosen = np.union1d(np.flatnonzero(parallel), rng.choice(len(ray), n, replace=False))
-    return ray[chosen], rng.random(16**3) < share
+    block = block_index(cell_centers(grid), grid)
+    return ray[chosen], (rng.random(grid**3) < share) & (rng.random(block.max() + 1) < 0.5)[block]
 
 
-@pytest.mark.parametrize("share", [0.0, 0.03, 0.3, 1.0])
-def test_march(rng, share):
+@pytest.mark.parametrize("share, grid", [(0.0, 16), (0.03, 64), (0.6, 32), (1.0, 32)])
+def test_march(rng, share, grid):
     """Marching skips a sample in an occupied cell, or makes one in an empty cell, or misplaces it."""
-    (ray, occupied), step_length = scene_to_march(share, rng), float(np.float32(1 / 50))
+    (ray, occupied), step_length = scene_to_march(share, rng, grid), float(np.float32(1 / 50))
+    if share == 1:
+        occupied[:] = True
     steps = march_model(ray, occupied, step_length)
     m, n, wanted = marching(ray, occupied, 10**5), len(ray), np.array([len(s) for s in steps])
     assert share < 0.3 or (wanted > 20).any() and (wanted == 0).any()
     tinynerf.march(m, n, k.END, step_length)
-    span, counter = m.ray_span.to_numpy().reshape(n, 2), m.counter.to_numpy()
+    span, counter = m.march_span.to_numpy().reshape(n, 2), m.march_counter.to_numpy()
     assert np.array_equal(span[:, 0], np.cumsum(span[:, 1]) - span[:, 1])          # contiguous, in ray order
     assert counter.tolist() == [span[:, 1].sum(), n, 0, span[:, 1].sum()]
     # A step within rounding of a cell's wall may fall on its other side.
     assert np.abs(span[:, 1] - wanted).max() <= 1 and (span[:, 1] != wanted).sum() <= 0.003 * n
     assert (m.ray_step.to_numpy() == k.END).all()
 
-    sample, sample_ray = m.sample.to_numpy().reshape(-1, 4), m.sample_ray.to_numpy()
-    assert (sample[counter[0]:] == -7).all() and (sample_ray[counter[0]:] == -7).all()
-    assert np.array_equal(sample_ray[:counter[0]], np.repeat(np.arange(n), span[:, 1]))
+    sample = m.march_sample.to_numpy().reshape(-1, 4)
+    assert (sample[counter[0]:] == -7).all()
     same = np.flatnonzero(span[:, 1] == wanted)
     if wanted.any():
         at = np.concatenate([np.arange(span[r, 0], span[r, 0] + span[r, 1]) for r in same])
         t = np.concatenate([ray[r, 3] + steps[r] * step_length for r in same])
-        r = sample_ray[at]
+        r = np.repeat(np.arange(n), span[:, 1])[at]
         error = np.abs(sample[at, :3] - (ray[r, :3] + t[:, None] * ray[r, 4:7])).max(1)
         assert np.median(error) < 1e-7 and (error > 2e-6).mean() < 0.001
         assert (sample[at, 3] == np.float32(step_length)).all()
 
 
+def test_march_leaves_blocks(rng):
+    """Marching looks into a block whose word says that it is empty, or takes the word of another block."""
+    grid = 64
+    ray, _ = scene_to_march(0.0, rng, grid)
+    block, open_blocks = block_index(cell_centers(grid), grid), rng.random((grid // 16) ** 3 * 2) < 0.4
+    words = np.where(open_blocks, rng.integers(1, 2**32, len(open_blocks)), 0).astype(np.uint32)
+    m = marching(ray, np.ones(grid**3, bool), 10**5)                   # every bit is set: only the words tell
+    m.occupancy.from_numpy(np.concatenate([m.occupancy.to_numpy()[:grid**3 // 32], words]))
+    tinynerf.march(m, len(ray), k.END, float(np.float32(1 / 50)))
+    got = m.march_span.to_numpy()[1::2]
+    wanted = np.array([len(s) for s in march_model(ray, open_blocks[block], float(np.float32(1 / 50)))])
+    assert np.abs(got - wanted).max() <= 1 and (got != wanted).sum() <= 0.003 * len(ray) and (wanted > 20).any()
+
+
 def test_march_overflow(rng):
     """With full buffers, samples are written past the end, or dropped rays are not counted."""
-    (ray, occupied), block, capacity = scene_to_march(0.3, rng), 16, 4000
+    (ray, occupied), block, capacity = scene_to_march(0.6, rng), 16, 4000
     n = len(ray)
     full, m = (marching(ray, occupied, size, block) for size in (10**5, capacity))
     tinynerf.march(full, n, k.END, 1 / 50)
-    wanted = full.ray_span.to_numpy()[1::2]
+    wanted = full.march_span.to_numpy()[1::2]
     ends = np.add.reduceat(wanted, np.arange(0, n, block)).cumsum()
     kept = block * int((ends <= capacity).sum())
     n_samples = wanted[:kept].sum()
@@ -374,37 +429,48 @@ def test_march_overflow(rng):
     for repeat in (1, 2):                            # counter[2] and [3] run on, the rest starts anew
         m.ray_step.fill(0)
         tinynerf.march(m, n, k.END, 1 / 50)
-        assert m.counter.to_numpy().tolist() == [n_samples, kept, repeat * (n - kept), repeat * n_samples]
-    span = m.ray_span.to_numpy().reshape(n, 2)
-    assert np.array_equal(span[:kept], full.ray_span.to_numpy().reshape(n, 2)[:kept])
+        assert m.march_counter.to_numpy().tolist() == [n_samples, kept, repeat * (n - kept), repeat * n_samples]
+    span = m.march_span.to_numpy().reshape(n, 2)
+    assert np.array_equal(span[:kept], full.march_span.to_numpy().reshape(n, 2)[:kept])
     assert (span[kept:] == [-1, 0]).all() and (m.ray_step.to_numpy()[kept:] == 0).all()
-    sample = m.sample.to_numpy()
-    assert np.array_equal(sample[:4 * n_samples], full.sample.to_numpy()[:4 * n_samples])
-    assert (sample[4 * n_samples:] == -7).all() and (m.sample_ray.to_numpy()[n_samples:] == -7).all()
+    sample = m.march_sample.to_numpy()
+    assert np.array_equal(sample[:4 * n_samples], full.march_sample.to_numpy()[:4 * n_samples])
+    assert (sample[4 * n_samples:] == -7).all()
 
 
 def test_march_in_waves(rng):
     """Marching three samples at a time gives other samples than marching in one go, or never ends."""
-    ray, occupied = scene_to_march(0.3, rng)
+    ray, occupied = scene_to_march(0.6, rng)
     n, pixel = len(ray), np.tile([0, 0, 0, 1.0], (len(ray), 1))
     pixel[::5, 3] = 0.9 * k.T_STOP                   # no light gets through these any more
     one, waves = (marching(ray, occupied, 10**5) for _ in range(2))
     one.pixel.from_numpy(pixel.astype(np.float32).ravel())
     waves.pixel.from_numpy(pixel.astype(np.float32).ravel())
     tinynerf.march(one, n, k.END, 1 / 50)
-    want = one.sample.to_numpy().reshape(-1, 4)[:one.counter.to_numpy()[0]]
-    assert (one.ray_span.to_numpy()[1::10] == 0).all()
+    want = one.march_sample.to_numpy().reshape(-1, 4)[:one.march_counter.to_numpy()[0]]
+    assert (one.march_span.to_numpy()[1::10] == 0).all()
     got, owner = [], []
     for _ in range(40):
         tinynerf.march(waves, n, 3, 1 / 50)
-        n_samples = waves.counter.to_numpy()[0]
-        assert waves.ray_span.to_numpy()[1::2].max() <= 3
-        got.append(waves.sample.to_numpy().reshape(-1, 4)[:n_samples])
-        owner.append(waves.sample_ray.to_numpy()[:n_samples])
+        n_samples, count = waves.march_counter.to_numpy()[0], waves.march_span.to_numpy()[1::2]
+        assert count.max() <= 3
+        got.append(waves.march_sample.to_numpy().reshape(-1, 4)[:n_samples])
+        owner.append(np.repeat(np.arange(n), count))
         if n_samples == 0:
             break
     order = np.argsort(np.concatenate(owner), kind="stable")
     assert n_samples == 0 and len(got) > 5 and np.array_equal(np.concatenate(got)[order], want)
+
+
+@pytest.mark.parametrize("name", ["cpu", "gpu"])
+def test_machines(name):
+    """A machine's settings break a rule that kernels rely on, or leave something out."""
+    s = tinynerf.MACHINES[name]
+    assert set(TINY) - {"seconds", "steps"} <= set(s) and {"seconds", "steps"} & set(s)
+    assert s["grid"] >= 16 and all(s[size] & (s[size] - 1) == 0 for size in ("grid", "table"))
+    assert s["block"] * max(8, s["train_steps"]) <= s["march"]               # so that a block of rays always fits
+    assert s["batch"] <= s["march"] and s["march"] * k.WIDTH * 2 < 2**31
+    assert s["hash_chunk"] * max(512, -(-s["march"] // s["hash_chunk"])) < 2**31
 
 
 # ---- Hash grid ------------------------------------------------------------------------------------------------------
@@ -475,12 +541,12 @@ def test_hash_encode_forward(rng, coarse):
     """The features are not the trilinear interpolation of the table."""
     sample, table = some_points(rng, 400), uniform(rng, coarse[:, 2].sum(), F)
     feature = rows(np.full((420, k.WIDTH), 9.0))
-    k.hash_encode_forward(3, count(400), buf(coarse), buf(sample), buf(table), feature)
+    k.hash_encode_forward(3, count(400), buf(coarse), buf(sample), rowsF(table), feature)
     got = feature.to_numpy()
     assert_close("hash_encode_forward", got[:400, :3 * F], hash_encode_model(coarse, table, sample[:, :3]), 1e-5)
     assert (got[400:] == 9).all() and (got[:, 3 * F:] == 9).all()
     assert np.allclose(got[3, :F], table[slot_model(np.array([[1, 2, 3]]), 4, 125, 0)[0]])      # at a vertex: its entry
-    k.hash_encode_forward(3, count(400), buf(coarse), buf(sample), buf(np.full(table.shape, 0.7)), feature)
+    k.hash_encode_forward(3, count(400), buf(coarse), buf(sample), rowsF(np.full(table.shape, 0.7)), feature)
     assert_close("hash of a constant", feature.to_numpy()[:400, :3 * F], np.full((400, 3 * F), 0.7), 1e-6)
 
 
@@ -491,12 +557,12 @@ def test_hash_encode_backward(rng, coarse):
     sample[6] = sample[7] = sample[8]                # three samples in one place
     g[10:15] = 0
 
-    def backward(sample, g, n_chunks, start=np.zeros((n_slots, F))):
-        grad_table = buf(start)
-        k.hash_encode_backward(3, n_chunks, count(len(g)), level, buf(sample), rows(g, rest=9.0), grad_table)
-        return grad_table.to_numpy().reshape(n_slots, F).astype(np.float64)
+    def backward(sample, g, n_chunks, chunk, start=np.zeros((n_slots, F))):
+        grad_table = rowsF(start)
+        k.hash_encode_backward(3, n_chunks, chunk, count(len(g)), level, buf(sample), rows(g, rest=9.0), grad_table)
+        return grad_table.to_numpy().astype(np.float64)
 
-    got = backward(sample, g, 1)
+    got = backward(sample, g, 1, n)
     slot = [corners_model(l, np.delete(sample, np.s_[10:15], 0)[:, :3])[0] for l in coarse]
     untouched = np.setdiff1d(np.arange(n_slots), np.unique(slot))
     assert len(untouched) > 100 and (got[untouched] == 0).all()
@@ -509,87 +575,178 @@ def test_hash_encode_backward(rng, coarse):
             right.append((got * u).sum())
     assert_close("hash_encode_backward", right, left, 1e-5)
     start = uniform(rng, n_slots, F)
-    assert_close("  on top of what is there", backward(sample, g, 1, start) - start, got, 1e-5)
-    assert_close("  in 7 chunks", backward(sample, g, 7), got, 1e-5)
-    assert_close("  more chunks than samples", backward(sample, g, 100), got, 1e-5)
-    one_by_one = backward(sample[6:7], g[6:7], 1) + backward(sample[7:8], g[7:8], 1)
-    assert_close("  two samples in one cell", backward(sample[6:8], g[6:8], 1), one_by_one, 1e-5)
+    assert_close("  on top of what is there", backward(sample, g, 1, n, start) - start, got, 1e-5)
+    for n_chunks, chunk in ((7, 9), (2, n - 1), (n, 1), (100, 1), (3, n), (5, 1000)):
+        assert_close(f"  {n_chunks} chunks of {chunk}", backward(sample, g, n_chunks, chunk), got, 1e-5)
+    assert_close("  in chunks, on top", backward(sample, g, 7, 9, start) - start, got, 1e-5)
+    crowd = 30000                                    # of samples at one vertex, each a writer: a sum that f32 holds
+    busy = backward(np.zeros((crowd, 4)), np.ones((crowd, 3 * F)), crowd, 1)
+    assert np.array_equal(np.unique(busy), [0, crowd]), "writers have lost each other's sums"
+    one_by_one = backward(sample[6:7], g[6:7], 1, 1) + backward(sample[7:8], g[7:8], 1, 1)
+    assert_close("  two samples in one cell", backward(sample[6:8], g[6:8], 1, 2), one_by_one, 1e-5)
 
 
 # ---- MLP ------------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("n_in", [20, 64])
-def test_hidden_layer(rng, n_in):
-    """A hidden layer or one of its gradients is wrong: y = relu(x W)."""
-    n, first, chunk, n_params = 300, 7, 128, 7 + 64 * n_in + 5
-    params, x, g = uniform(rng, n_params), uniform(rng, n, n_in), uniform(rng, n, 64)
-    x[rng.random(x.shape) < 0.3] = 0                 # a ReLU's zeros: exact ones
-    W = params[first:first + 64 * n_in].reshape(n_in, 64)
-    weight, weight_t = rows(np.full((n_in, 64), 9.0)), rows(np.zeros((64, 64)))
-    k.load_hidden_weights(n_in, first, buf(params), weight, weight_t)
-    assert np.array_equal(weight.to_numpy(), W) and np.array_equal(weight_t.to_numpy()[:, :n_in], W.T)
-    assert (weight_t.to_numpy()[:, n_in:] == 0).all()
-
-    buffer_x, buffer_g, y = rows(x, rest=9.0), rows(g), rows(np.full((n + 9, 64), 9.0))
-    k.hidden_layer_forward(n_in, count(n), buffer_x, weight, y)
-    assert_close("hidden_layer_forward", y.to_numpy()[:n], np.maximum(x @ W, 0), 1e-5)
-    assert (y.to_numpy()[n:] == 9).all()
-
-    for x_is_hidden in (0, 1):
-        grad_x = rows(np.full((n + 9, 64), 9.0))
-        k.hidden_layer_backward_input(x_is_hidden, count(n), buffer_x, weight_t, buffer_g, grad_x)
-        got, want = grad_x.to_numpy(), g @ W.T * ((x > 0) | (x_is_hidden == 0))
-        assert_close("hidden_layer_backward_input", got[:n, :n_in], want, 1e-5)
-        assert (got[n:] == 9).all() and (got[:n, n_in:] == 0).all()
-        assert x_is_hidden == 0 or (got[:n, :n_in][x <= 0] == 0).all()
-
-    check_weight_gradient("hidden_layer_backward_weight", rng, x.T @ g, first, n_params, n, chunk,
-                          lambda pitch, partial: k.hidden_layer_backward_weight(
-                              n_in, chunk, pitch, first, count(n), buffer_x, buffer_g, partial))
+def some_weights(rng, n_in, n_hidden, n_out):
+    """Weights of an MLP as they lie in `params`: those of its hidden layers [inputs, 64], and W_out^T [outputs, 64]."""
+    shapes = [(n_in, 64)] + [(64, 64)] * (n_hidden - 1) + [(n_out, 64)]
+    return [uniform(rng, *shape) * 2**-1.0 for shape in shapes]
 
 
-def check_weight_gradient(name, rng, want, first, n_params, n, chunk, launch):
-    """Partial sums and their total, on top of what is there; nothing beside the layer's own entries is written."""
-    pitch, start = n_params + 3, uniform(rng, n_params)
-    partial, grad_params = buf(np.full((-(-n // chunk), pitch), 9.0)), buf(start)
-    launch(pitch, partial)
-    beside = np.delete(partial.to_numpy().reshape(-1, pitch), np.s_[first:first + want.size], 1)
-    assert (beside == 9).all()
-    k.sum_partials(n_params, chunk, pitch, count(n), partial, grad_params)
-    got = grad_params.to_numpy() - start - 9.0 * -(-n // chunk)
-    assert np.abs(np.delete(got, np.s_[first:first + want.size])).max() < 1e-4
-    got = grad_params.to_numpy() - start
-    assert_close(name, got[first:first + want.size].reshape(want.shape), want, 1e-5)
+def mlp_model(x, W):
+    """Input of each layer of an MLP, and its output last."""
+    h = [x]
+    for w in W[:-1]:
+        h.append(np.maximum(h[-1] @ w, 0))
+    return h + [h[-1] @ W[-1].T]
 
 
-def test_output_layer(rng):
-    """An output layer or one of its gradients is wrong: y = x W."""
-    n, first, chunk, n_params = 300, 5, 128, 5 + 64 * 16 + 8
-    params, x, g = uniform(rng, n_params), uniform(rng, n, 64), uniform(rng, n, 16)
+def mlp_gradient_model(h, W, g):
+    """For h of mlp_model and the gradient g of its last: gradients before each ReLU, of the input, of the weights."""
+    grad_hidden, grad_W, g = [], [g.T @ h[-2]], g @ W[-1]
+    for l in range(len(W) - 2, -1, -1):
+        grad_hidden.insert(0, g * (h[l + 1] > 0))
+        grad_W.insert(0, h[l].T @ grad_hidden[0])
+        g = grad_hidden[0] @ W[l].T
+    return grad_hidden, g, grad_W
+
+
+def layers(h, capacity):
+    """Activations [n_hidden, n, 64] as a buffer [n_hidden, capacity]; 9 in between."""
+    padded = np.full((len(h), capacity, 64), 9.0)
+    padded[:, :len(h[0])] = h
+    return rows(padded.reshape(-1, 64))
+
+
+@pytest.mark.parametrize("n_in, n_hidden, n_out", [(20, 1, 16), (64, 1, 3), (32, 2, 3), (24, 3, 11)])
+def test_mlp(rng, n_in, n_hidden, n_out):
+    """An MLP or one of its gradients is wrong, or a layer is not where it should be in a buffer."""
+    n, capacity, first = 307, 320, 13
+    W, x, g = some_weights(rng, n_in, n_hidden, n_out), uniform(rng, n, n_in), uniform(rng, n, n_out)
     x[rng.random(x.shape) < 0.3] = 0
-    W = params[first:first + 64 * 16].reshape(64, 16)
-    weight, weight_t = rows(np.full((64, 16), 9.0), 16), rows(np.full((16, 64), 9.0))
-    k.load_output_weights(first, buf(params), weight, weight_t)
-    assert np.array_equal(weight.to_numpy(), W) and np.array_equal(weight_t.to_numpy(), W.T)
+    flat = np.concatenate([w.ravel() for w in W])
+    params = uniform(rng, F * ((first + flat.size) // F + 2))
+    params[first:first + flat.size] = flat
+    weight, weight_t = rows(np.full((n_in + 64 * (n_hidden - 1), 64), 9.0)), rows(np.zeros((64 * n_hidden + 16, 64)))
+    weight_out, want_t, want_out = rows(np.zeros((64, 16)), 16), np.zeros(weight_t.shape + (64,)), np.zeros((64, 16))
+    k.load_weights(n_in, n_hidden, n_out, first, rowsF(params), weight, weight_t, weight_out)
+    for l, w in enumerate(W[:-1]):
+        want_t[64 * l:64 * l + 64, :len(w)] = w.T
+    want_t[64 * n_hidden:64 * n_hidden + n_out], want_out[:, :n_out] = W[-1], W[-1].T
+    for got, want in ((weight, np.vstack(W[:-1])), (weight_t, want_t), (weight_out, want_out)):
+        assert np.array_equal(got.to_numpy(), want)
 
-    buffer_x, buffer_g = rows(x), rows(g, 16)
-    y, grad_x = rows(np.full((n + 9, 16), 9.0), 16), rows(np.full((n + 9, 64), 9.0))
-    k.output_layer_forward(count(n), buffer_x, weight, y)
-    k.output_layer_backward_input(count(n), buffer_x, weight_t, buffer_g, grad_x)
-    assert_close("output_layer_forward", y.to_numpy()[:n], x @ W, 1e-5)
-    assert_close("output_layer_backward_input", grad_x.to_numpy()[:n], g @ W.T * (x > 0), 1e-5)
-    assert (grad_x.to_numpy()[:n][x <= 0] == 0).all()
-    assert (y.to_numpy()[n:] == 9).all() and (grad_x.to_numpy()[n:] == 9).all()
-    check_weight_gradient("output_layer_backward_weight", rng, x.T @ g, first, n_params, n, chunk,
-                          lambda pitch, partial: k.output_layer_backward_weight(
-                              chunk, pitch, first, count(n), buffer_x, buffer_g, partial))
+    h = mlp_model(x, W)
+    grad_hidden, grad_x, grad_W = mlp_gradient_model(h, W, g)
+    d, e = uniform(rng, n, n_in), [uniform(rng, *w.shape) for w in W]          # is it the gradient of mlp_model?
+    plus, minus = (mlp_model(x + s * d, [w + s * v for w, v in zip(W, e)])[-1] for s in (1e-7, -1e-7))
+    want = (d * grad_x).sum() + sum((v * gw).sum() for v, gw in zip(e, grad_W))
+    assert_close("  the model's gradient", [want], [(g * (plus - minus)).sum() / 2e-7], 1e-6)
+
+    nothing = np.full((n_hidden, n, 64), 9.0)
+    buffer_x, hidden, y = rows(x, rest=9.0), layers(nothing, capacity), rows(np.full((n + 9, 16), 9.0), 16)
+    k.mlp_forward(n_in, n_hidden, capacity, count(n), buffer_x, weight, weight_out, hidden, y)
+    got = hidden.to_numpy().reshape(n_hidden, capacity, 64)
+    assert_close("mlp_forward", y.to_numpy()[:n, :n_out], h[-1], 1e-5)
+    assert_close("mlp_forward hidden", got[:, :n], h[1:-1], 1e-5)
+    assert (got[:, n:] == 9).all() and (y.to_numpy()[n:] == 9).all() and (y.to_numpy()[:n, n_out:] == 0).all()
+
+    # From here on with the model's activations, whose zeros are certain to be the same.
+    hidden, grad_y = layers(h[1:-1], capacity), rows(g, 16, rest=9.0)
+    buffer_g, buffer_grad_x = layers(nothing, capacity), rows(np.full((n + 9, 64), 9.0))
+    k.mlp_backward_input(n_hidden, n_out, capacity, count(n), hidden, weight_t, grad_y, buffer_g, buffer_grad_x)
+    got, got_x = buffer_g.to_numpy().reshape(n_hidden, capacity, 64), buffer_grad_x.to_numpy()
+    assert_close("mlp_backward_input", got_x[:n, :n_in], grad_x, 1e-5)
+    assert_close("mlp_backward_input hidden", got[:, :n], grad_hidden, 1e-5)
+    assert (got[:, n:] == 9).all() and (got_x[n:] == 9).all() and (got_x[:n, n_in:] == 0).all()
+    assert (got[:, :n][np.array(h[1:-1]) == 0] == 0).all()
+
+    want, buffer_g = np.concatenate([gw.ravel() for gw in grad_W]), layers(grad_hidden, capacity)
+    for chunk in (128, 7, n, 1000):
+        n_chunks, pitch, at, start = -(-n // chunk), flat.size + 16, 5, uniform(rng, params.size + 2 * F)
+        partial, grad_params = buf(np.full((n_chunks + 1, pitch), 9.0)), rowsF(start)
+        k.mlp_backward_weight(n_in, n_hidden, n_out, capacity, chunk, pitch, at, count(n), buffer_x, hidden, buffer_g,
+                              grad_y, partial)
+        got = partial.to_numpy().reshape(-1, pitch)
+        assert (np.delete(got, np.s_[at:at + flat.size], 1) == 9).all() and (got[n_chunks:] == 9).all()
+        k.sum_partials(at + flat.size, chunk, pitch, first, count(n), partial, grad_params)
+        got = grad_params.to_numpy().ravel() - start
+        assert np.allclose(got[first:first + at], 9 * n_chunks, rtol=1e-6)
+        assert (np.delete(got, np.s_[first:first + at + flat.size]) == 0).all()
+        assert_close(f"mlp_backward_weight / {chunk}", got[first + at:first + at + flat.size], want, 1e-5)
 
 
-# ---- Heads ----------------------------------------------------------------------------------------------------------
+# ---- Visibility -----------------------------------------------------------------------------------------------------
 
 def sigma_model(raw):
     return np.exp(np.minimum(raw, k.RAW_SIGMA_MAX))
 
+
+@pytest.mark.parametrize("n_in", [20, 64])
+def test_probe_density(rng, n_in):
+    """The density that decides which samples are kept is not the one that they are rendered with."""
+    n, W = 307, some_weights(rng, n_in, 1, 16)
+    W[1][0] *= 8
+    x, sigma = uniform(rng, n, n_in), buf(np.full(n + 9, 9.0))
+    weight, weight_t = rows(W[0]), rows(np.vstack([np.pad(W[0].T, ((0, 0), (0, 64 - n_in))), W[1]]))
+    k.probe_density(n_in, count(n), rows(x, rest=9.0), weight, weight_t, sigma)
+    got, want = sigma.to_numpy(), sigma_model(mlp_model(x, W)[-1][:, 0])
+    assert_close("probe_density", np.log(got[:n]), np.log(want), 1e-5)
+    assert (got[n:] == 9).all() and (want == math.exp(k.RAW_SIGMA_MAX)).sum() > 10 and (want < 1e-4).any()
+
+
+def visible_model(span, dt, sigma, light, min_weight, t_stop=k.T_STOP):
+    """Which of the marched samples [n] are kept, for the light [n_rays] that earlier waves have let through."""
+    keep = np.zeros(len(dt), bool)
+    for (first, n), T in zip(span, light):
+        at = np.arange(first, first + n)
+        T = T * np.cumprod(np.append(1.0, np.exp(-sigma[at] * dt[at])))
+        keep[at] = (T[:-1] >= t_stop) & (T[:-1] - T[1:] >= min_weight)
+    return keep
+
+
+@pytest.mark.parametrize("min_weight", [0.0, 0.01])
+def test_visible_samples(rng, min_weight):
+    """A sample that adds light is lost, one that adds none is kept, or what is kept is mixed up."""
+    n_rays, n_dropped, block = 203, 35, 16
+    length = rng.choice([0, 1, 2, 7, 20, 40], n_rays)
+    length[-n_dropped:] = 0
+    span, n = np.stack([np.cumsum(length) - length, length], 1), length.sum()
+    span[-n_dropped:, 0] = -1
+    sample, feature = uniform(rng, n, 4), uniform(rng, n, 64)
+    sample[:, 3] = uniform(rng, n, low=0.02, high=0.2)
+    sigma = uniform(rng, n, low=0, high=1) * np.repeat(rng.choice([0, 1, 4, 64], n_rays), length)
+    pixel = uniform(rng, n_rays, 4, low=0, high=1)
+    pixel[::2, 3], pixel[5::20, 3], pixel[6::20, 3] = 1, 0.9 * k.T_STOP, 1.2 * k.T_STOP
+    want = visible_model(span, sample[:, 3], sigma, pixel[:, 3], min_weight)
+    for scale in (0.9999, 1.0001):                   # none is within rounding of a limit
+        for t_stop in (0.9999 * k.T_STOP, 1.0001 * k.T_STOP):
+            again = visible_model(span, sample[:, 3], sigma, pixel[:, 3], scale * min_weight, t_stop)
+            assert np.array_equal(again, want)
+    assert want.sum() > 200 and (~want).sum() > 200
+
+    m = types.SimpleNamespace(settings=dict(block=block, march=n), block_start=buf(np.full(-(-n_rays // block), 9)))
+    march_span, march_sample, ray_span = buf(span), buf(sample), buf(np.full(2 * n_rays, 9))
+    keep, counter = buf(np.full(n + 9, 9)), buf(np.array([9, 9, 3, 4]))
+    k.mark_visible_samples(n_rays, min_weight, march_span, march_sample, buf(sigma), buf(pixel), keep, ray_span)
+    tinynerf.scan(m, n_rays, ray_span, counter)
+    assert np.array_equal(keep.to_numpy(), np.append(want, 9 * np.ones(9)))
+    kept, owner = want.sum(), np.repeat(np.arange(n_rays), length)[want]
+    counts = np.bincount(owner, minlength=n_rays)
+    assert np.array_equal(ray_span.to_numpy().reshape(-1, 2), np.stack([np.cumsum(counts) - counts, counts], 1))
+    assert counter.to_numpy().tolist() == [kept, n_rays, 3, 4 + kept]
+
+    kept_sample, kept_feature = buf(np.full((n + 9, 4), 9.0)), rows(np.full((n + 9, 64), 9.0))
+    sample_ray = buf(np.full(n + 9, 9))
+    k.keep_visible_samples(n_rays, march_span, march_sample, rows(feature), keep, ray_span, kept_sample, kept_feature,
+                           sample_ray)
+    for got, wanted in ((kept_sample, sample[want]), (kept_feature, feature[want]), (sample_ray, owner)):
+        got = got.to_numpy().reshape((n + 9,) + wanted.shape[1:])
+        assert np.array_equal(got[:kept], wanted) and (got[kept:] == 9).all()
+
+
+# ---- Heads ----------------------------------------------------------------------------------------------------------
 
 def sigmoid(x):
     return 1 / (1 + np.exp(-x))
@@ -657,8 +814,8 @@ def test_color_head(rng):
     assert_close("color_head_forward", got[:, :3], sigmoid(raw[:, :3]), 1e-6)
     assert (got[:, 3] == 9).all()
     want = numeric_gradient(lambda x: (g[:, :3] * sigmoid(x[:, :3])).sum(), raw)
-    assert_close("color_head_backward", grad_raw.to_numpy(), want, 1e-5)
-    assert (grad_raw.to_numpy()[:, 3:] == 0).all()
+    assert_close("color_head_backward", grad_raw.to_numpy()[:, :3], want[:, :3], 1e-5)
+    assert (want[:, 3:] == 0).all() and (grad_raw.to_numpy()[:, 3:] == 9).all()      # no output of the MLP
 
 
 # ---- Volume rendering, loss, optimiser ------------------------------------------------------------------------------
@@ -760,108 +917,159 @@ def test_loss(rng, random_background):
     assert (got[~kept] == 0).all() and (loss.to_numpy()[~kept] == 0).all()
 
 
-def test_adam(rng, coarse):
+def test_adam(rng):
     """The optimiser is not Adam, moves entries that have no gradient, or leaves gradients for the next step."""
-    m = tinynerf.Model({**TINY, "batch": 64, "rays": 16, "grid": 16, **COARSE}, 3)
+    m = tinynerf.Model({**TINY, "march": 64, "rays": 16, "grid": 16, **COARSE}, 3)
     m.initialize(0)
-    for name in ("table", "params"):
-        param, grad = getattr(m, name), getattr(m, "grad_" + name)
-        start = param.to_numpy().astype(np.float64)
-        x, first, second = start.copy(), np.zeros(start.size), np.zeros(start.size)
-        never = rng.random(start.size) < 0.2
-        for step in range(1, 6):
-            g = uniform(rng, start.size) * (10.0 ** rng.integers(-4, 2, start.size)).astype(np.float32)
-            g = np.where(never | (rng.random(start.size) < 0.3), 0, g).astype(np.float32).astype(np.float64)
-            grad.from_numpy(g.astype(np.float32))
-            tinynerf.adam(m, step, 0.01)
-            some = g != 0                            # the textbook's bias corrections, for one step count
-            first[some] = 0.9 * first[some] + 0.1 * g[some]
-            second[some] = 0.99 * second[some] + 0.01 * g[some] ** 2
-            rate = 0.01 / (1 - 0.9**step)
-            x[some] -= rate * first[some] / (np.sqrt(second[some] / (1 - 0.99**step)) + 1e-15)
-            assert (grad.to_numpy() == 0).all()
-        assert_close(f"adam: {name}", param.to_numpy() - start, x - start, 1e-5)
-        assert np.array_equal(param.to_numpy()[never], start[never])
-    color_2 = m.layer.color_2                        # what the layers use has been loaded anew
-    W = m.params.to_numpy()[color_2.first:color_2.first + 64 * 64].reshape(64, 64)
-    assert np.array_equal(color_2.weight.to_numpy(), W) and np.array_equal(color_2.weight_t.to_numpy(), W.T)
+    start = m.params.to_numpy().astype(np.float64)
+    x, first, second = start.copy(), np.zeros(start.shape), np.zeros(start.shape)
+    never = rng.random(start.shape) < 0.2
+    never[::7] = True                                # rows without any gradient, others with a single one
+    never[1::7, 1:] = True
+    for step in range(1, 6):
+        g = uniform(rng, *start.shape) * (10.0 ** rng.integers(-4, 2, start.shape)).astype(np.float32)
+        g[2::7], g[3::7] = np.abs(g[2::7]), -np.abs(g[3::7])
+        g = np.where(never | (rng.random(start.shape) < 0.3), 0, g).astype(np.float32).astype(np.float64)
+        m.grad_params.from_numpy(g.astype(np.float32))
+        tinynerf.adam(m, step, 0.01)
+        some = g != 0                                # the textbook's bias corrections, for one step count
+        first[some] = 0.9 * first[some] + 0.1 * g[some]
+        second[some] = 0.99 * second[some] + 0.01 * g[some] ** 2
+        rate = 0.01 / (1 - 0.9**step)
+        x[some] -= rate * first[some] / (np.sqrt(second[some] / (1 - 0.99**step)) + 1e-15)
+        assert (m.grad_params.to_numpy() == 0).all()
+    got, moment = m.params.to_numpy(), m.moment.to_numpy().reshape(-1, 2, F)
+    assert_close("adam", got - start, x - start, 1e-5)
+    assert_close("adam: first moment", moment[:, 0], first, 1e-5)
+    assert_close("adam: second moment", moment[:, 1], second, 1e-5)
+    assert np.array_equal(got[never], start[never]) and (moment.transpose(0, 2, 1)[never] == 0).all()
+    for mlp in (m.density, m.color):                 # what the MLPs use has been loaded anew
+        W = got.ravel()[mlp.first:mlp.first + len(mlp.weight.to_numpy()) * 64].reshape(-1, 64)
+        assert np.array_equal(mlp.weight.to_numpy(), W) and np.array_equal(mlp.weight_t.to_numpy()[:64, :mlp.n_in],
+                                                                           W[:mlp.n_in].T)
+
+
+def test_initialize(rng):
+    """Parameters do not start within the bounds of their own layer, or some are left out."""
+    m = tinynerf.Model({**TINY, "march": 64, "rays": 16, "grid": 16, **COARSE})
+    m.initialize(3)
+    x, at = m.params.to_numpy().ravel(), m.n_slots * F
+    assert m.density.first == at and 0.99e-4 < np.abs(x[:at]).max() <= 1e-4
+    u = 2 * random_model(3, k.STREAM_INIT, 0, np.arange(len(x)))[1] - 1
+    for n_in, n_out in ((m.density.n_in, 64), (64, 16), (32, 64), (64, 64), (64, 3)):
+        bound = math.sqrt(6 / (n_in + n_out))
+        assert_close(f"weights {n_in} x {n_out}", x[at:at + n_in * n_out], bound * u[at:at + n_in * n_out], 1e-6)
+        at += n_in * n_out
+    assert at == len(x)
 
 
 # ---- The whole pipeline ---------------------------------------------------------------------------------------------
 
-def field_model(layout, table, W, sample, direction):
-    """rgb and sigma [n, 4] of samples, for a table [n_slots, F] and the layers' weights by name."""
-    feature = hash_encode_model(layout, table, sample[:, :3])
-    geometry = np.maximum(feature @ W["density_1"][:feature.shape[1]], 0) @ W["density_2"]
-    hidden = np.concatenate([geometry, harmonics_model(direction)], 1)
-    for name in ("color_1", "color_2"):
-        hidden = np.maximum(hidden @ W[name], 0)
-    return np.concatenate([sigmoid((hidden @ W["color_3"])[:, :3]), sigma_model(geometry[:, :1])], 1)
+def field_model(layout, table, W, x, direction):
+    """rgb and sigma [n, 4] at points x [n, 3], for a table [n_slots, F] and the weights of the MLPs by name."""
+    feature = hash_encode_model(layout, table, x)
+    geometry = mlp_model(feature, [W["density"][0][:feature.shape[1]], W["density"][1]])[-1]
+    color = mlp_model(np.concatenate([geometry, harmonics_model(direction)], 1), W["color"])[-1]
+    return np.concatenate([sigmoid(color), sigma_model(geometry[:, :1])], 1)
 
 
-def test_full_gradient(rng, coarse):
-    """forward() and backward() launch the wrong kernel, or a kernel on the wrong buffer, or in the wrong order."""
-    width, n_rays, step_length = 9, 50, math.sqrt(3) / 54
-    settings = {**TINY, "batch": 550, "rays": n_rays, "grid": 16, **COARSE}
-    m, W, first = tinynerf.Model(settings, 3), {}, 0
-    camera = look_at([1.6, 0.9, 1.1], [0.5, 0.5, 0.5], 8, width, width)
-    for name, n_in, n_out in tinynerf.LAYERS:
-        W[name] = uniform(rng, n_in, n_out) * 2**-1.0
-    W["density_2"][:, 0] *= 8                        # the density spreads wide, so that some rays stop early
-    table = uniform(rng, m.n_entries // F, F)
-    m.table.from_numpy(table.astype(np.float32).ravel())
-    m.params.from_numpy(np.concatenate([W[name].ravel() for name, _, _ in tinynerf.LAYERS]).astype(np.float32))
+def small_model(rng, layout, **settings):
+    """A model with random parameters, and these: the table [n_slots, F], the weights of the MLPs by name."""
+    m = tinynerf.Model({**TINY, **COARSE, "grid": 16, **settings}, len(layout))
+    W = {name: some_weights(rng, n_in, n_hidden, n_out) for name, (n_in, n_hidden, n_out) in tinynerf.MLPS.items()}
+    W["density"][1][0] *= 5                          # the density spreads wide, so that some rays stop early
+    table = uniform(rng, m.n_slots, F)
+    flat = np.concatenate([table.ravel()] + [w.ravel() for name in ("density", "color") for w in W[name]])
+    m.params.from_numpy(flat.astype(np.float32).reshape(-1, F))
     tinynerf.load_weights(m)
-    m.occupancy.from_numpy(pack_bits(rng.random(16**3) < 0.7))
-    rgba = rng.integers(0, 256, (width * width, 4), np.uint8)
-    k.pick_pixels(n_rays, 1, width * width, 3, 5, m.ray_pixel)
-    k.generate_rays(n_rays, width, width, 0.05, step_length, 1, 3, 5, m.ray_pixel, buf(camera), m.ray, m.ray_step,
-                    m.pixel, m.depth)
-    tinynerf.march(m, n_rays, k.END, step_length)
-    tinynerf.forward(m, n_rays)
-    k.loss_and_gradient(n_rays, 1, 3, 5, m.counter, m.ray_pixel, buf(rgba.view("<u4")), m.ray_span, m.pixel, m.loss,
-                        m.grad_pixel)
-    tinynerf.backward(m, n_rays)
+    return m, table, W
 
-    n_samples, n_kept, n_dropped, _ = m.counter.to_numpy()
-    assert n_dropped == n_rays - n_kept > 0 and n_samples % settings["chunk"] and n_samples > 3 * settings["chunk"]
-    sample = m.sample.to_numpy().reshape(-1, 4)[:n_samples].astype(np.float64)
-    span, ray = m.ray_span.to_numpy().reshape(-1, 2), m.ray.to_numpy().reshape(-1, 8).astype(np.float64)
-    owner, truth = m.sample_ray.to_numpy()[:n_samples], rgba[m.ray_pixel.to_numpy()] / 255.0
+
+def test_update_occupancy(rng, coarse):
+    """The occupancy grid is not made from the density of the field, or not packed from there."""
+    grid, n_cells = 16, 700
+    m, table, W = small_model(rng, coarse, march=n_cells)
+    m.density_grid.fill(k.UNKNOWN)
+    tinynerf.update_occupancy(m, n_cells, 300, 5, 8)
+    x = m.march_sample.to_numpy().reshape(-1, 4)[:, :3].astype(np.float64)
+    cell, want = cell_index(x, grid), np.full(grid**3, k.UNKNOWN)
+    want[cell] = field_model(coarse, table, W, x, np.tile([0, 0, 1.0], (n_cells, 1)))[:, 3]
+    got, threshold = m.density_grid.to_numpy(), min(0.01 * 32 / math.sqrt(3), 0.95 * want[cell].mean())
+    assert_close("update_occupancy", np.log(got), np.log(want), 1e-4)
+    assert (want < threshold).sum() > 20 and np.array_equal(m.occupancy.to_numpy() != 0,
+                                                            occupancy_model(got > threshold) != 0)
+    assert np.array_equal(m.occupancy.to_numpy()[:-2], occupancy_model(got > threshold)[:-2])
+
+
+@pytest.mark.parametrize("min_weight", [0.0, 0.02])
+def test_full_gradient(rng, coarse, monkeypatch, min_weight):
+    """forward() and backward() launch the wrong kernel, or a kernel on the wrong buffer, or in the wrong order; or the
+    samples that are left out are not those that add less than min_weight."""
+    monkeypatch.setattr(tinynerf, "MIN_LIGHT", min_weight * 54 / math.sqrt(3))
+    width, n_rays, capacity = 9, 100, 1200
+    m, table, W = small_model(rng, coarse, march=capacity, rays=n_rays, train_steps=54, chunk=61,
+                              hash_chunk=7 if min_weight else capacity)
+    camera = look_at([1.6, 0.9, 1.1], [0.5, 0.5, 0.5], 8, width, width)
+    m.occupancy.from_numpy(occupancy_model(rng.random(16**3) < 0.7))
+    rgba = rng.integers(0, 256, (width * width, 4), np.uint8)
+    views = types.SimpleNamespace(image=buf(rgba.view("<u4")), camera=buf(camera), n=1, width=width, height=width,
+                                  has_alpha=True)
+    monkeypatch.setattr(tinynerf, "adam", lambda *arguments: None)           # which would clear the gradients
+    monkeypatch.setattr(tinynerf, "NEAR", 0.05 * tinynerf.BOX_SIDE)
+    tinynerf.train_step(m, n_rays, views, 3, 5, 0.0)
+
+    n_marched, n_whole, n_dropped, _ = m.march_counter.to_numpy()
+    assert n_dropped == n_rays - n_whole > 0 and n_marched < capacity
+    march_span, marched = m.march_span.to_numpy().reshape(-1, 2), m.march_sample.to_numpy().reshape(-1, 4)[:n_marched]
+    ray, truth = m.ray.to_numpy().reshape(-1, 8).astype(np.float64), rgba[m.ray_pixel.to_numpy()] / 255.0
+    marched, owner = marched.astype(np.float64), np.repeat(np.arange(n_rays), march_span[:, 1])
+    sigma = field_model(coarse, table, W, marched[:, :3], ray[owner, 4:7])[:, 3]
+    keep = visible_model(march_span, marched[:, 3], sigma, np.ones(n_rays), min_weight)
+    for scale in (0.999, 1.001):                     # no sample is within rounding of a limit
+        assert np.array_equal(keep, visible_model(march_span, marched[:, 3], sigma, np.ones(n_rays), scale * min_weight,
+                                                  scale * k.T_STOP))
+    sample, owner, counts = marched[keep], owner[keep], np.bincount(owner[keep], minlength=n_rays)
+    span, n_samples, chunk = np.stack([np.cumsum(counts) - counts, counts], 1), len(sample), m.settings["chunk"]
+    assert n_samples % chunk and 3 * chunk < n_samples < n_marched and (counts < march_span[:, 1]).sum() > 2
+    assert m.counter.to_numpy().tolist() == [n_samples, n_rays, 0, n_samples]
+    assert np.array_equal(m.sample.to_numpy().reshape(-1, 4)[:n_samples], sample)
+    assert np.array_equal(m.sample_ray.to_numpy()[:n_samples], owner)
+    assert np.array_equal(m.ray_span.to_numpy().reshape(-1, 2), span)
+    assert (m.rgb_sigma.to_numpy()[4 * n_samples:] == 0).all()               # no others went on
+
     distance = ((sample[:, :3] - ray[owner, :3]) * ray[owner, 4:7]).sum(1)
-    start, background, kept = np.tile([0, 0, 0, 1.0], (n_rays, 1)), background_model(n_rays, 3, 5), span[:, 0] >= 0
+    start, whole = np.tile([0, 0, 0, 1.0], (n_rays, 1)), march_span[:, 0] >= 0
+    background = background_model(n_rays, 3, 5)
     direction = ray[owner, 4:7] / np.linalg.norm(ray[owner, 4:7], axis=1, keepdims=True)
 
-    def model(table, W, t_stop=k.T_STOP):
-        rgb_sigma = field_model(coarse, table, W, sample, direction)
-        pixel, depth = composite_model(span, sample[:, 3], rgb_sigma, distance, start, t_stop)
-        return loss_model(pixel, truth, kept, background).sum() / n_kept, pixel, depth, rgb_sigma
+    def model(table, W):
+        rgb_sigma = field_model(coarse, table, W, sample[:, :3], direction)
+        pixel, depth = composite_model(span, sample[:, 3], rgb_sigma, distance, start)
+        return loss_model(pixel, truth, whole, background).sum() / n_whole, pixel, depth, rgb_sigma
 
     loss, pixel, depth, rgb_sigma = model(table, W)
-    assert (pixel[:, 3] < k.T_STOP).sum() > 2        # some rays stop early, and none within rounding of the stop
-    assert model(table, W, 1.01 * k.T_STOP)[0] == model(table, W, 0.99 * k.T_STOP)[0]
     assert_close("full: rgb", m.rgb_sigma.to_numpy().reshape(-1, 4)[:n_samples, :3], rgb_sigma[:, :3], 1e-4)
     assert_close("full: sigma", m.rgb_sigma.to_numpy().reshape(-1, 4)[:n_samples, 3], rgb_sigma[:, 3], 1e-4)
     assert_close("full: pixel", m.pixel.to_numpy().reshape(-1, 4), pixel, 1e-4)
     assert_close("full: depth", m.depth.to_numpy(), depth, 1e-4)
-    assert_close("full: loss", m.loss.to_numpy().sum() / n_kept, loss, 1e-5)
+    assert_close("full: loss", m.loss.to_numpy().sum() / n_whole, loss, 1e-5)
 
-    tensors = {f"table, level {l}": (None, slice(at, at + size)) for l, (at, size) in enumerate(coarse[:, 1:3])}
-    for name, n_in, n_out in tinynerf.LAYERS:
-        tensors[name] = (name, slice(first, first + n_in * n_out))
-        first += n_in * n_out
-    for name, (layer, at) in tensors.items():
-        if layer is None:
-            x, grad = table[at], m.grad_table.to_numpy().reshape(-1, F)[at].astype(np.float64)
-        else:
-            x, grad = W[layer], m.grad_params.to_numpy()[at].reshape(W[layer].shape).astype(np.float64)
-
+    grad = m.grad_params.to_numpy()
+    grad_table, flat = grad[:m.n_slots].astype(np.float64), grad[m.n_slots:].ravel().astype(np.float64)
+    tensors = [(f"table, level {l}", table[at:at + size], grad_table[at:at + size])
+               for l, (at, size) in enumerate(coarse[:, 1:3])]
+    for name in ("density", "color"):
+        for l, w in enumerate(W[name]):
+            tensors.append((f"{name}, layer {l}", w, flat[:w.size].reshape(w.shape)))
+            flat = flat[w.size:]
+    assert flat.size == 0
+    for name, x, grad in tensors:                    # x is a view of the table, or one of the weights
         def shifted(d):
-            if layer is not None:
-                return model(table, {**W, layer: x + d})[0]
-            moved = table.copy()
-            moved[at] += d
-            return model(moved, W)[0]
+            old = x.copy()
+            x[:] += d
+            value = model(table, W)[0]
+            x[:] = old
+            return value
 
         ways = list(rng.normal(size=(6,) + x.shape))
         for entry in np.argsort(-np.abs(grad).ravel())[:6]:
@@ -871,8 +1079,8 @@ def test_full_gradient(rng, coarse):
         got = np.array([(grad * d).sum() for d in ways])
         assert_close(f"full gradient: {name}", got[:6], want[:6], 1e-4)
         assert_close("  its 6 largest entries", got[6:], want[6:], 1e-4)
-    missing = slice(3 * F * 64, tinynerf.LAYERS[0][1] * 64)                  # weights of levels that there are not
-    assert (m.grad_params.to_numpy()[missing] == 0).all()
+        if name == "density, layer 0":               # weights of levels that there are not
+            assert (grad[3 * F:] == 0).all() and len(grad) > 3 * F
 
 
 # ---- Training -------------------------------------------------------------------------------------------------------
@@ -906,31 +1114,38 @@ def train_sphere(seed, steps):
 @pytest.fixture
 def steady(monkeypatch):
     """Constants at which what is stored here outlives their tuning, and a look at the loss after every step."""
-    for name, value in dict(DECAY=0.95, LEARNING_RATE=1e-2, FINAL_RATE=1e-3, READ_EVERY=1).items():
+    mlps = dict(density=(3 * F, 1, k.OUTPUT), color=(2 * k.OUTPUT, 2, 3))
+    for name, value in dict(DECAY=0.95, LEARNING_RATE=1e-2, FINAL_RATE=1e-3, MIN_LIGHT=0.0185, READ_EVERY=1,
+                            MLPS=mlps).items():
         monkeypatch.setattr(tinynerf, name, value)
 
 
-FIRST_LOSSES = [0.065440, 0.066968, 0.054090, 0.054233, 0.070473, 0.056614, 0.063154, 0.052266, 0.056346, 0.050918]
+FIRST_LOSSES = [0.061254, 0.065451, 0.053596, 0.053564, 0.068504, 0.055620, 0.062234, 0.052897, 0.054907, 0.048168]
 
 
-def test_train_tiny(steady, tmp_path):
+def test_train_tiny(steady, monkeypatch, tmp_path):
     """Training is not what it was, does not reach its quality, or reaches one that cannot be true; or a saved model
     renders another picture than the one that was trained."""
     m, losses, total = train_sphere(0, 250)
     print("first losses:", ", ".join(f"{loss:.6f}" for loss in losses[:10]))
-    assert total["steps"] == len(losses) == 250 and total["samples"] > 250 * 500
+    assert total["steps"] == len(losses) == 250
     assert_close("first losses", losses[:10] / FIRST_LOSSES, np.ones(10), 1e-3 if ON_CPU else 5e-3)
     test = sphere_views(2, phase=1.0)
     metrics = tinynerf.evaluate(m, test)
-    print(f"psnr {metrics['psnr']:.2f} dB, ssim {metrics['ssim']:.4f}")
-    assert 20 < metrics["psnr"] < 26                 # all white: 13; it cannot know the test views' pixels better
+    print(f"psnr {metrics['psnr']:.2f} dB, ssim {metrics['ssim']:.4f}, {total['samples']} samples")
+    assert 20 < metrics["psnr"] < 24               # all white: 13; it cannot know the test views' pixels better
+    assert 160000 < total["samples"] < 225000        # 240000 if none were left out
 
     info = dict(n_levels=3, settings={name: TINY[name] for name in tinynerf.STORED})
     tinynerf.save_model(str(tmp_path / "model.npz"), m, info, dict(test=test.camera))
-    loaded, loaded_info, cameras = tinynerf.load_model(str(tmp_path), "cpu" if ON_CPU else "gpu")
-    assert loaded_info == info and np.array_equal(cameras["test"], test.camera)
-    for got, want in zip(tinynerf.render_view(loaded, cameras["test"][0], 32, 32),
-                         tinynerf.render_view(m, test.camera[0], 32, 32)):
+    want = tinynerf.render_view(m, test.camera[0], 32, 32)
+    monkeypatch.setattr(tinynerf, "MACHINES", dict(same=TINY, other={**TINY, "march": 2**14, "rays": 1024, "block": 8}))
+    for machine, same in (("same", np.array_equal), ("other", lambda a, b: np.abs(a - b)[a < np.inf].max() < 5e-3)):
+        loaded, loaded_info, cameras = tinynerf.load_model(str(tmp_path), machine)
+        assert loaded_info == info and np.array_equal(cameras["test"], test.camera)
+        assert same(want[0], tinynerf.render_view(loaded, cameras["test"][0], 32, 32)[0])
+    monkeypatch.setattr(tinynerf, "MIN_LIGHT", 0.0)                          # then waves make no difference at all
+    for got, want in zip(*(tinynerf.render_view(field, test.camera[0], 32, 32) for field in (m, loaded))):
         assert np.array_equal(got, want)
 
 
@@ -939,7 +1154,7 @@ def test_repeat(steady):
     (a, loss_a, _), (b, loss_b, _), (c, loss_c, _) = (train_sphere(seed, 20) for seed in (0, 0, 1))
     assert np.abs(loss_c - loss_a).max() > 1e-3 and np.abs(a.params.to_numpy() - c.params.to_numpy()).max() > 0.01
     if ON_CPU:
-        for name in ("table", "params", "occupancy", "density_grid"):
+        for name in ("params", "moment", "occupancy", "density_grid"):
             assert np.array_equal(getattr(a, name).to_numpy(), getattr(b, name).to_numpy()), name
         assert np.array_equal(loss_a, loss_b)
     else:                                            # float atomics add in any order, and Adam divides by small numbers
@@ -1186,6 +1401,7 @@ def test_option_mistakes(scene, mistake, tmp_path):
         mistake("--size", "render", scene, f"--size={size}")
     mistake("--frames", "render", scene, "--frames", "0")
     mistake("--path", "render", scene, "--path", "sideways")
+    mistake("--steps", "bench", scene, "--steps", "0")
     mistake("not allowed with", "train", scene, "--steps", 5, "--seconds", 5)
     mistake("--downscale 9", "train", scene, "--downscale", 9, "--arch", ARCH)
     mistake("--nonsense", "train", scene, "--nonsense")
@@ -1222,7 +1438,7 @@ def test_model_mistakes(mistake, monkeypatch, tmp_path):
     mistake(".avi", "render", run, "--out", "orbit.avi", "--arch", ARCH)
     with np.load(run / "model.npz") as file:
         arrays = dict(file)
-    for bad in (dict(arrays, table=arrays["table"][:-1]), dict(arrays, info=np.array("{")),
+    for bad in (dict(arrays, params=arrays["params"][:-1]), dict(arrays, info=np.array("{")),
                 {name: array for name, array in arrays.items() if name != "params"},
                 dict(arrays, params=np.array([{}], object))):
         np.savez(run / "model.npz", **bad)
@@ -1271,7 +1487,8 @@ def test_commands(tmp_path, monkeypatch, capsys, recwarn):
     log = (run / "log.csv").read_text().splitlines()
     assert log[0] == "step,seconds,loss,psnr" and log[-1].startswith("30,")
     with np.load(run / "model.npz", allow_pickle=False) as file:
-        assert {"table", "params", "occupancy", "info"} <= {name for name in file.files if file[name] is not None}
+        assert {"params", "occupancy", "info", "camera_train", "camera_test"} == set(file.files)
+        assert all(file[name] is not None for name in file.files)
 
     assert tinynerf.main(["render", "my/run", "--path", "test", "--out", "frames", "--arch", ARCH]) == 0
     assert sorted(os.listdir("frames")) == ["0000.png", "0001.png"]

@@ -3,6 +3,7 @@
     python tinynerf.py train data/lego        trains, evaluates, and leaves pictures, a video and a model in runs/lego
     python tinynerf.py render runs/lego       renders the model again
     python tinynerf.py eval runs/lego         measures it again
+    python tinynerf.py bench                  times every kernel
 
 kernels.py holds everything that a port to another GPU language has to rewrite; this file is what it can keep: scenes,
 buffers, the list of launches (forward, backward), the training loop, rendering and the command line.
@@ -43,13 +44,13 @@ VERSION = "0.1"
 # Scene and model: the same on every machine
 BOX_SIDE = 3.0                  # Blender scenes live in the box of +-1.5 around the origin
 NEAR = 0.05                     # nearest sample, in world units: nothing is seen through the lens's own fog
-N_LEVELS = int(os.environ.get("NL","5"))                    # of the hash grid
+N_LEVELS = 6                    # of the hash grid
 TABLE_BOUND = 1e-4              # initial table entries: U(+-1e-4)
-LEARNING_RATE, FINAL_RATE = 1e-2, 1e-3     # decays exponentially from the one to the other
+LEARNING_RATE, FINAL_RATE = 2e-2, 6e-3     # decays exponentially from the one to the other
 BETA_1, BETA_2, EPSILON = 0.9, 0.99, 1e-15
 EMPTY_ALPHA = 0.01              # a cell whose steps are less opaque than this counts as empty
 DECAY = 0.2                     # of a cell's density, each time it is looked at: every few hundred steps
-MIN_WEIGHT = 1e-3               # samples that add less than this share of light to a pixel are left out
+MIN_LIGHT = 0.15                # samples that add less light than this per side of the box are left out
 READ_EVERY = 16                 # steps between two looks of the host at the counters
 
 # What depends on the machine. batch: samples per step; rays: most rays in flight; coarsest, finest: cells per side of
@@ -59,7 +60,7 @@ READ_EVERY = 16                 # steps between two looks of the host at the cou
 # grid, `batch` cells each; block: rays per thread of the scan; chunk: samples per partial weight gradient;
 # hash_chunks: writers per level of the hash gradient; seconds or steps: of a training run; frames: of its video.
 MACHINES = {
-    "cpu": dict(march=2**16, batch=2**15, rays=2**15, coarsest=16, finest=512, table=2**16, grid=128, train_steps=256,
+    "cpu": dict(march=2**16, batch=2**15, rays=2**15, coarsest=16, finest=512, table=2**17, grid=128, train_steps=256,
                 render_steps=512, refresh=8, block=16, chunk=128, hash_chunk=2**16, seconds=90, frames=48),
     "gpu": dict(march=2**19, batch=2**18, rays=2**18, coarsest=16, finest=2048, table=2**19, grid=128, train_steps=1024,
                 render_steps=1024, refresh=2, block=128, chunk=512, hash_chunk=1, steps=10000, frames=96),
@@ -238,7 +239,7 @@ class Model:
 
         f32, i32, u32 = ti.f32, ti.i32, ti.u32
         self.buffers = []
-        self.params = self.new(k.row8, self.n_rows)              # the hash table's slots, then the MLPs' weights
+        self.params = self.new(k.rowF, self.n_rows)              # the hash table's slots, then the MLPs' weights
         self.level = self.new(i32, layout.size)                  # [n_levels, 4]
         self.level.from_numpy(layout.ravel())
         self.occupancy = self.new(u32, cells // 2048 * 65)       # bits: see kernels.py
@@ -276,8 +277,8 @@ class Model:
         if not training:
             return
 
-        self.grad_params = self.new(k.row8, self.n_rows)
-        self.moment = self.new(k.row8, 2 * self.n_rows)          # Adam's m, v
+        self.grad_params = self.new(k.rowF, self.n_rows)
+        self.moment = self.new(k.rowF, 2 * self.n_rows)          # Adam's m, v
         self.partial = self.new(f32, -(-n // settings["chunk"]) * self.pitch)
         self.loss = self.new(f32, n_rays)
         self.grad_pixel = self.new(f32, 4 * n_rays)
@@ -307,7 +308,8 @@ class Model:
         k.fill_uniform(self.n_slots * k.N_FEATURES, 0, TABLE_BOUND, seed, self.params)
         for mlp in (self.density, self.color):
             first = mlp.first
-            for n_in, n_out in [(mlp.n_in, k.WIDTH)] + [(k.WIDTH, k.WIDTH)] * (mlp.n_hidden - 1) + [(k.WIDTH, mlp.n_out)]:
+            hidden = [(mlp.n_in, k.WIDTH)] + [(k.WIDTH, k.WIDTH)] * (mlp.n_hidden - 1)
+            for n_in, n_out in hidden + [(k.WIDTH, mlp.n_out)]:
                 k.fill_uniform(n_in * n_out, first, math.sqrt(6.0 / (n_in + n_out)), seed, self.params)
                 first += n_in * n_out
         load_weights(self)
@@ -342,16 +344,18 @@ def probe(m, counter):
     k.probe_density(net.n_in, counter, m.march_feature, net.weight, net.weight_t, m.march_sigma)
 
 
-def forward(m, n_rays):
+def forward(m, n_rays, step_length):
     """Marched samples to pixels: density decides which of them are kept, and only those go on."""
     probe(m, m.march_counter)
-    k.mark_visible_samples(n_rays, MIN_WEIGHT, m.march_span, m.march_sample, m.march_sigma, m.pixel, m.keep, m.ray_span)
+    k.mark_visible_samples(n_rays, MIN_LIGHT * step_length, m.march_span, m.march_sample, m.march_sigma, m.pixel,
+                           m.keep, m.ray_span)
     scan(m, n_rays, m.ray_span, m.counter)
     k.keep_visible_samples(n_rays, m.march_span, m.march_sample, m.march_feature, m.keep, m.ray_span, m.sample,
                            m.feature, m.sample_ray)
 
     net, counter, capacity = m.density, m.counter, m.settings["march"]
-    k.mlp_forward(net.n_in, net.n_hidden, capacity, counter, m.feature, net.weight, net.weight_out, m.density_hidden, m.geometry)
+    k.mlp_forward(net.n_in, net.n_hidden, capacity, counter, m.feature, net.weight, net.weight_out, m.density_hidden,
+                  m.geometry)
     k.density_head_forward(counter, m.geometry, m.rgb_sigma)
 
     net = m.color
@@ -372,15 +376,15 @@ def backward(m, n_rays):
     k.color_head_backward(counter, m.rgb_sigma, m.grad_rgb_sigma, m.grad_color_raw)
     k.mlp_backward_input(net.n_hidden, net.n_out, capacity, counter, m.color_hidden, net.weight_t, m.grad_color_raw,
                          m.grad_color_hidden, m.grad_color_input)
-    k.mlp_backward_weight(net.n_in, net.n_hidden, net.n_out, capacity, chunk, pitch, net.first - m.density.first, counter,
-                          m.color_input, m.color_hidden, m.grad_color_hidden, m.grad_color_raw, m.partial)
+    k.mlp_backward_weight(net.n_in, net.n_hidden, net.n_out, capacity, chunk, pitch, net.first - m.density.first,
+                          counter, m.color_input, m.color_hidden, m.grad_color_hidden, m.grad_color_raw, m.partial)
 
     net = m.density
     k.density_head_backward(counter, m.rgb_sigma, m.grad_rgb_sigma, m.grad_color_input, m.grad_geometry)
     k.mlp_backward_input(net.n_hidden, net.n_out, capacity, counter, m.density_hidden, net.weight_t, m.grad_geometry,
                          m.grad_density_hidden, m.grad_feature)
-    k.mlp_backward_weight(net.n_in, net.n_hidden, net.n_out, capacity, chunk, pitch, 0, counter, m.feature, m.density_hidden,
-                          m.grad_density_hidden, m.grad_geometry, m.partial)
+    k.mlp_backward_weight(net.n_in, net.n_hidden, net.n_out, capacity, chunk, pitch, 0, counter, m.feature,
+                          m.density_hidden, m.grad_density_hidden, m.grad_geometry, m.partial)
     n_chunks = max(512, -(-capacity // m.settings["hash_chunk"]))     # a CPU takes 512 turns of a loop as one task
     k.hash_encode_backward(m.n_levels, n_chunks, m.settings["hash_chunk"], counter, m.level, m.sample, m.grad_feature,
                            m.grad_params)
@@ -420,7 +424,7 @@ def train_step(m, n_rays, views, seed, step, learning_rate):
     k.generate_rays(n_rays, views.width, views.height, NEAR / BOX_SIDE, step_length, 1, seed, step, m.ray_pixel,
                     views.camera, m.ray, m.ray_step, m.pixel, m.depth)
     march(m, n_rays, k.END, step_length)
-    forward(m, n_rays)
+    forward(m, n_rays, step_length)
     k.loss_and_gradient(n_rays, int(views.has_alpha), seed, step, m.march_counter, m.ray_pixel, views.image,
                         m.march_span, m.pixel, m.loss, m.grad_pixel)
     backward(m, n_rays)
@@ -510,7 +514,7 @@ def render_view(m, camera, width, height):
     buffers for, and a tile in waves: each takes the rays that light still gets through a few samples further.
     """
     step_length = math.sqrt(3.0) / m.settings["render_steps"]
-    n_pixels, tile = width * height, min(m.settings["rays"], m.settings["march"] // 4)
+    n_pixels, tile = width * height, min(m.settings["rays"], m.settings["march"] // 8)
     rgb, depth = np.empty((n_pixels, 3), np.float32), np.empty(n_pixels, np.float32)
     if not hasattr(m, "view_camera"):
         m.view_camera = m.new(ti.f32, 16)
@@ -520,12 +524,13 @@ def render_view(m, camera, width, height):
         k.list_pixels(n_rays, first, m.ray_pixel)
         k.generate_rays(n_rays, width, height, NEAR / BOX_SIDE, step_length, 0, 0, 0, m.ray_pixel, m.view_camera, m.ray,
                         m.ray_step, m.pixel, m.depth)
-        limit, marching = 8, True
-        while marching:
+        limit = 8
+        while True:
             march(m, n_rays, limit, step_length)
-            forward(m, n_rays)
             n_samples, n_kept = m.march_counter.to_numpy()[:2]
-            marching = n_samples > 0 or n_kept < n_rays
+            if n_samples == 0 and n_kept == n_rays:
+                break
+            forward(m, n_rays, step_length)
             limit = min(2 * limit, m.settings["march"] // m.settings["block"])
         pixel = m.pixel.to_numpy()[:4 * n_rays].reshape(n_rays, 4)
         rgb[first:first + n_rays] = pixel[:, :3] + pixel[:, 3:]
@@ -901,6 +906,117 @@ def command_eval(args):
           f"on {arch} ({device})")
 
 
+def median_seconds(function, repeats=15):
+    """Median wall time of function(), after one call that does not count."""
+    times = []
+    for _ in range(repeats + 1):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return float(np.median(times[1:]))
+
+
+def measure_floors(m):
+    """What this machine can do at best, by NumPy on all cores: FLOP/s of a product, [2^15, 64] times [64, 64]; bytes/s
+    of a copy, read and written; bytes/s of a gather of random rows of the hash table, read."""
+    rng, n_threads = np.random.default_rng(0), os.cpu_count() or 1
+    x, weight = rng.random((2**15, k.WIDTH), np.float32), rng.random((k.WIDTH, k.WIDTH), np.float32)
+    y, big = np.empty_like(x), rng.random((n_threads, 2**22), np.float32)
+    copy, table = np.empty_like(big), rng.random((m.settings["table"], k.N_FEATURES), np.float32)
+    index = rng.integers(0, len(table), (n_threads, 2**17))
+    rows = np.empty(index.shape + (k.N_FEATURES,), np.float32)
+    with concurrent.futures.ThreadPoolExecutor(n_threads) as pool:
+        return dict(
+            product=2 * x.size * k.WIDTH / median_seconds(lambda: np.matmul(x, weight, out=y)),
+            copy=2 * big.nbytes / median_seconds(lambda: list(pool.map(np.copyto, copy, big))),
+            gather=rows.nbytes / median_seconds(lambda: list(pool.map(
+                lambda i, out: np.take(table, i, axis=0, out=out, mode="clip"), index, rows))))
+
+
+def step_work(m, rays, marched, kept):
+    """What a training step asks of each kernel: {name: (floor, amount)}, FLOPs of products or bytes that must be read
+    and written at least. Marching and random numbers are counted by their bytes, although they mostly compute."""
+    forward = sum(2 * k.WIDTH * count_rows(*mlp) for mlp in MLPS.values())       # FLOPs per sample
+    corners = 8 * m.n_levels * 4 * k.N_FEATURES                                  # bytes of table per sample
+    return dict(
+        pick_pixels=("copy", 4 * rays), generate_rays=("copy", 60 * rays), count_samples=("copy", 44 * rays),
+        sum_counts=("copy", 16 * rays), scan_blocks=("copy", 16 * rays // m.settings["block"]),
+        claim_spans=("copy", 24 * rays), write_samples=("copy", 48 * rays + 16 * marched),
+        hash_encode_forward=("gather", corners * marched),
+        probe_density=("product", 2 * k.WIDTH * (MLPS["density"][0] + 1) * marched),
+        mark_visible_samples=("copy", 16 * rays + 24 * marched),
+        keep_visible_samples=("copy", 16 * rays + 20 * marched + (20 + 4 * 2 * k.WIDTH) * kept),
+        mlp_forward=("product", forward * kept), density_head_forward=("copy", 68 * kept),
+        color_input_forward=("copy", 196 * kept), color_head_forward=("copy", 80 * kept),
+        composite_forward=("copy", 80 * rays + 32 * kept), loss_and_gradient=("copy", 48 * rays),
+        composite_backward=("copy", 40 * rays + 48 * kept), color_head_backward=("copy", 96 * kept),
+        mlp_backward_input=("product", forward * kept), mlp_backward_weight=("product", forward * kept),
+        density_head_backward=("copy", 224 * kept), hash_encode_backward=("gather", 2 * corners * kept),
+        sum_partials=("copy", 4 * m.n_weights * (kept // m.settings["chunk"] + 2)),
+        adam_step=("copy", 4 * k.N_FEATURES * m.n_rows), load_weights=("copy", 12 * m.n_weights))
+
+
+def command_bench(args):
+    """tinynerf.py bench: train for a while, then time every kernel of a step against what the machine can do."""
+    views, held_out, _ = load_scene(args.scene, args.downscale)
+    arch, device = start_taichi(args.arch)
+    settings = MACHINES["cpu" if arch == "cpu" else "gpu"]
+    m, line, refresh = Model(settings), {}, settings["refresh"]
+    train(m, upload_views(m, views), 0, steps=args.steps, report=lambda **now: line.update(now))
+    on_device, rays = upload_views(m, views), line["n_rays"]
+
+    def step():
+        train_step(m, rays, on_device, 0, line["step"], FINAL_RATE)
+        ti.sync()
+
+    def update():
+        update_occupancy(m, min(settings["batch"], settings["grid"]**3), 0, 0, line["step"])
+        ti.sync()
+
+    step_seconds, update_seconds = median_seconds(step, 31), median_seconds(update)
+    marched, kept = int(m.march_counter.to_numpy()[0]), int(m.counter.to_numpy()[0])
+    seconds, plain = {}, {name: kernel for name, kernel in vars(k).items() if hasattr(kernel, "_is_wrapped_kernel")}
+
+    def timed(name):
+        def launch(*arguments):
+            start = time.perf_counter()
+            plain[name](*arguments)
+            ti.sync()
+            seconds[name][-1] += time.perf_counter() - start
+        return launch
+
+    for name in plain:
+        setattr(k, name, timed(name))
+    for _ in range(31):
+        for name in plain:
+            seconds.setdefault(name, []).append(0.0)
+        step()
+    for name, kernel in plain.items():
+        setattr(k, name, kernel)
+    seconds = {name: float(np.median(times)) for name, times in seconds.items()}
+
+    floors, work = measure_floors(m), step_work(m, rays, marched, kept)
+    print(f"{arch} ({device}), {args.scene} after {line['step']} steps: {rays} rays, {marched} samples marched, "
+          f"{kept} kept\nfloors, by NumPy on the CPU: product {floors['product'] / 1e9:.0f} GFLOP/s, copy "
+          f"{floors['copy'] / 1e9:.1f} GB/s, gather {floors['gather'] / 1e9:.1f} GB/s\n\n"
+          f"| kernel | ms | share | rate | floor, ms | ratio |\n|---|---|---|---|---|---|")
+    total, floor_total = sum(seconds.values()), 0.0
+    for name, (kind, amount) in sorted(work.items(), key=lambda item: -seconds[item[0]]):
+        floor, unit = amount / floors[kind], "GFLOP/s" if kind == "product" else "GB/s"
+        floor_total += floor
+        print(f"| {name} | {1e3 * seconds[name]:.2f} | {seconds[name] / total:.1%} "
+              f"| {amount / seconds[name] / 1e9:.1f} {unit} | {1e3 * floor:.2f} | {seconds[name] / floor:.1f} |")
+    whole = step_seconds + update_seconds / refresh
+    print(f"\nstep {1e3 * step_seconds:.1f} ms ({1e3 * total:.1f} ms one kernel at a time), "
+          f"{step_seconds / floor_total:.2f} times the sum of the floors, {1e3 * floor_total:.1f} ms\n"
+          f"update of the occupancy grid {1e3 * update_seconds:.1f} ms, every {refresh} steps\n"
+          f"{rays / whole / 1e6:.3f} M rays/s, {marched / whole / 1e6:.2f} M samples/s marched, "
+          f"{kept / whole / 1e6:.2f} M samples/s forward and backward")
+    times = [median_seconds(lambda: render_view(m, camera, views.width, views.height), 3)
+             for camera in held_out.camera[::max(1, len(held_out.camera) // 5)][:5]]
+    print(f"a {views.width}x{views.height} view {np.median(times):.3f} s (median of {len(times)})")
+
+
 def parse_args(argv):
     """The command line as a namespace; UserError for what does not parse."""
     class Parser(argparse.ArgumentParser):
@@ -927,7 +1043,7 @@ def parse_args(argv):
         return int(match[1]), int(match[2])
 
     parser = Parser(prog="tinynerf.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="train | render | eval")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="train | render | eval | bench")
     parser_train = commands.add_parser("train", help="train on a scene and leave a run folder")
     parser_train.add_argument("scene", help="folder with transforms_train.json and images")
     parser_train.add_argument("--out", help="run folder (default: the next free runs/SCENE)")
@@ -946,7 +1062,11 @@ def parse_args(argv):
     parser_eval = commands.add_parser("eval", help="measure a trained model on its held-out views")
     parser_eval.add_argument("run", help="run folder")
     parser_eval.add_argument("--scene", help="folder of the scene, if it has moved")
-    for command in (parser_train, parser_render, parser_eval):
+    parser_bench = commands.add_parser("bench", help="time every kernel against what the machine can do")
+    parser_bench.add_argument("scene", nargs="?", default="data/lego", help="folder of a scene (default: data/lego)")
+    parser_bench.add_argument("--steps", type=positive(int), default=600, help="train for so many steps first")
+    parser_bench.add_argument("--downscale", type=positive(int), default=1, metavar="K", help="average KxK pixels")
+    for command in (parser_train, parser_render, parser_eval, parser_bench):
         command.add_argument("--arch", choices=("auto", "cpu", "cuda", "vulkan", "metal"), default="auto")
     return parser.parse_args(argv)
 
@@ -955,7 +1075,8 @@ def main(argv=None):
     """Run a command; returns the exit code: 0, or 2 for a mistake of the user."""
     try:
         args = parse_args(argv)
-        {"train": command_train, "render": command_render, "eval": command_eval}[args.command](args)
+        commands = {"train": command_train, "render": command_render, "eval": command_eval, "bench": command_bench}
+        commands[args.command](args)
     except UserError as error:
         print(f"tinynerf: {error}\n          {error.hint}", file=sys.stderr)
         return 2
