@@ -31,7 +31,7 @@ OUTPUT = 16           # most outputs an MLP has: the density MLP's; the color ML
 N_FEATURES = 4        # F: features of a hash-table slot, and numbers in a row of the parameters
 UNKNOWN = 1e9         # density of a cell that nobody has looked at yet: it counts as occupied
 END = 1 << 30         # step index of a ray that has left the box
-T_STOP = 1e-4         # a ray ends when less than this share of light reaches its next sample
+T_STOP = 1e-3         # a ray ends when less than this share of light reaches its next sample
 RAW_SIGMA_MAX = 15.0  # exp() is guarded above this: e^15 per box side is opaque within one step
 
 vec3 = ti.types.vector(3, ti.f32)
@@ -787,7 +787,7 @@ def probe_density(n_in: ti.i32, counter: i32buf, x: rows64, weight: rows64, weig
 def mark_visible_samples(n_rays: ti.i32, min_weight: ti.f32, march_span: i32buf, march_sample: f32buf,
                          march_sigma: f32buf, pixel: f32buf, keep: i32buf, ray_span: i32buf):
     """Which samples add light to their pixel: those whose weight T_k alpha_k (see composite_forward) is at least
-    min_weight, in front of the early stop.
+    min_weight, in front of the early stop. The others dim nothing, so that T is what composite_forward will find.
 
     march_span    [n_rays, 2]     in    first sample, number of samples, of those marched
     march_sample  [n_marched, 4]  in    [3] = dt
@@ -803,9 +803,11 @@ def mark_visible_samples(n_rays: ti.i32, min_weight: ti.f32, march_span: i32buf,
         first = march_span[2 * r]
         for i in range(first, first + march_span[2 * r + 1]):
             alpha = 1.0 - ti.exp(-march_sigma[i] * march_sample[4 * i + 3])
-            keep[i] = ti.select(T >= T_STOP and T * alpha >= min_weight, 1, 0)
-            count += keep[i]
-            T *= 1.0 - alpha
+            keep[i] = 0
+            if T >= T_STOP and T * alpha >= min_weight:
+                keep[i] = 1
+                count += 1
+                T *= 1.0 - alpha
         ray_span[2 * r + 1] = count
 
 

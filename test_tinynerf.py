@@ -700,9 +700,10 @@ def visible_model(span, dt, sigma, light, min_weight, t_stop=k.T_STOP):
     """Which of the marched samples [n] are kept, for the light [n_rays] that earlier waves have let through."""
     keep = np.zeros(len(dt), bool)
     for (first, n), T in zip(span, light):
-        at = np.arange(first, first + n)
-        T = T * np.cumprod(np.append(1.0, np.exp(-sigma[at] * dt[at])))
-        keep[at] = (T[:-1] >= t_stop) & (T[:-1] - T[1:] >= min_weight)
+        for i in range(first, first + n):
+            alpha = 1.0 - np.exp(-sigma[i] * dt[i])
+            keep[i] = T >= t_stop and T * alpha >= min_weight
+            T *= 1.0 - alpha * keep[i]
     return keep
 
 
@@ -1140,13 +1141,11 @@ def test_train_tiny(steady, monkeypatch, tmp_path):
     tinynerf.save_model(str(tmp_path / "model.npz"), m, info, dict(test=test.camera))
     want = tinynerf.render_view(m, test.camera[0], 32, 32)
     monkeypatch.setattr(tinynerf, "MACHINES", dict(same=TINY, other={**TINY, "march": 2**14, "rays": 1024, "block": 8}))
-    for machine, same in (("same", np.array_equal), ("other", lambda a, b: np.abs(a - b)[a < np.inf].max() < 5e-3)):
+    for machine in ("same", "other"):                # which renders other tiles in other waves
         loaded, loaded_info, cameras = tinynerf.load_model(str(tmp_path), machine)
         assert loaded_info == info and np.array_equal(cameras["test"], test.camera)
-        assert same(want[0], tinynerf.render_view(loaded, cameras["test"][0], 32, 32)[0])
-    monkeypatch.setattr(tinynerf, "MIN_LIGHT", 0.0)                          # then waves make no difference at all
-    for got, want in zip(*(tinynerf.render_view(field, test.camera[0], 32, 32) for field in (m, loaded))):
-        assert np.array_equal(got, want)
+        for got, rendered in zip(tinynerf.render_view(loaded, cameras["test"][0], 32, 32), want):
+            assert np.array_equal(got, rendered)
 
 
 def test_repeat(steady):

@@ -580,7 +580,7 @@ def evaluate(m, views, each=lambda i, rgb, depth, truth: None):
 # ---- Files: the model, pictures, the video --------------------------------------------------------------------------
 
 def save_model(path, m, info, cameras):
-    """Write all that rendering needs to an .npz: table, params, occupancy, info (a dict, as JSON) and cameras (a dict
+    """Write all that rendering needs to an .npz: params, occupancy, info (a dict, as JSON) and cameras (a dict
     of arrays [n, 16] in world units, stored as camera_<name>). Written beside and then moved, so never half there."""
     arrays = dict(params=m.params.to_numpy(), occupancy=m.occupancy.to_numpy(),
                   info=np.array(json.dumps(info)), **{f"camera_{name}": camera for name, camera in cameras.items()})
