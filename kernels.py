@@ -1,7 +1,7 @@
 """Every kernel of tinynerf, in the order in which a ray meets them; each forward is followed by its backward.
 
-    pixel -> ray -> march -> sample -> hash grid -> density MLP -> sigma, geometry
-                                   direction + geometry -> color MLP -> rgb
+    pixel -> ray -> march -> sample -> hash grid -> visible samples -> density MLP -> sigma, geometry
+                                                   direction + geometry -> color MLP -> rgb
     rgb, sigma -> volume rendering -> loss, and back: loss -> rendering -> MLPs -> hash grid -> Adam
 
 Rules that hold for the whole file:
@@ -19,7 +19,8 @@ Nothing here uses autodiff, 64-bit or 16-bit types, shared memory, subgroups, re
 
 Index letters: r ray, i sample, k step or sample along a ray, l level, j input and o output of a layer, c component,
 t thread (and distance along a ray, where there is one), b block.
-Counts made on the device stay there: the buffer `counter` [4] i32 holds
+Counts made on the device stay there: a buffer `counter` [4] i32, one for the samples that are marched, one for those
+that are kept, holds
     [0] n_samples, the samples in the buffers now, at most their capacity     [1] rays that got their samples
     running totals: [2] rays dropped because no room was left (scan_blocks)   [3] samples
 "thread one per sample" means counter[0] threads: elsewhere, launch `capacity` threads and return where i >= counter[0].
@@ -240,8 +241,7 @@ def mark_visible_cells(grid_size: ti.i32, n_views: ti.i32, width: ti.i32, height
 @ti.kernel
 def place_cell_samples(n: ti.i32, first: ti.i32, grid_size: ti.i32, seed: ti.i32, step: ti.i32, sample: f32buf,
                        counter: i32buf):
-    """A random point in each of n cells of the scattered walk, as samples for hash_encode_forward, the density MLP and
-    density_head_forward.
+    """A random point in each of n cells of the scattered walk, as samples for hash_encode_forward and probe_density.
 
     sample   [n, 4]  out   position; the step length is 0, nothing is rendered
     counter  [4]     out   [0] = n; a buffer of its own, not the march's

@@ -1459,7 +1459,7 @@ METRICS = """psnr ssim psnr_per_view n_views image_size background split steps t
 
 
 def test_commands(tmp_path, monkeypatch, capsys, recwarn):
-    """train, render and eval do not work together, or leave less than they promise."""
+    """train, render, eval and bench do not work together, or leave less than they promise."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(tinynerf, "MACHINES", {"cpu": TINY, "gpu": TINY})
     write_scene(tmp_path / "sphere", n_train=8, size=24)
@@ -1499,5 +1499,12 @@ def test_commands(tmp_path, monkeypatch, capsys, recwarn):
     capsys.readouterr()
     assert tinynerf.main(["eval", "my/run", "--arch", ARCH]) == 0
     assert f"{metrics['psnr']:.2f} dB" in capsys.readouterr().out
+
+    assert tinynerf.main(["bench", "sphere", "--steps", "2", "--arch", ARCH]) == 0
+    table = re.findall(r"^\| (\w+) \| ([\d.]+) \|", capsys.readouterr().out, re.M)
+    step = [tinynerf.train_step, tinynerf.march, tinynerf.scan, tinynerf.forward, tinynerf.probe, tinynerf.backward,
+            tinynerf.adam, tinynerf.load_weights]
+    assert {name for name, _ in table} == set(re.findall(r"\bk\.([a-z]\w+)\(", "".join(map(inspect.getsource, step))))
+    assert all(float(ms) > 0 for _, ms in table) and len(table) > 20
     warnings = {str(w.message).strip() for w in recwarn if not issubclass(w.category, DeprecationWarning)}
     assert not warnings, f"{len(warnings)} warnings on the user's terminal, such as: {min(warnings)[:200]}"

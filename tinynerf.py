@@ -53,12 +53,13 @@ DECAY = 0.2                     # of a cell's density, each time it is looked at
 MIN_LIGHT = 0.15                # samples that add less light than this per side of the box are left out
 READ_EVERY = 16                 # steps between two looks of the host at the counters
 
-# What depends on the machine. batch: samples per step; rays: most rays in flight; coarsest, finest: cells per side of
-# the first and the last level of the hash grid (no finer than the pixels); table: slots per level; grid: occupancy
-# cells per side; train_steps, render_steps: samples along the box's diagonal (training jitters them, so that coarse
-# steps find thin parts in the mean; a picture needs finer ones); refresh: steps between two updates of the occupancy
-# grid, `batch` cells each; block: rays per thread of the scan; chunk: samples per partial weight gradient;
-# hash_chunks: writers per level of the hash gradient; seconds or steps: of a training run; frames: of its video.
+# What depends on the machine. march: most samples in flight; batch: samples that a step aims to keep of them, after the
+# probe; rays: most rays in flight; coarsest, finest: cells per side of the first and the last level of the hash grid
+# (no finer than the pixels); table: slots per level; grid: occupancy cells per side; train_steps, render_steps: samples
+# along the box's diagonal (training jitters them, so that coarse steps find thin parts in the mean; a picture needs
+# finer ones); refresh: steps between two updates of the occupancy grid, `batch` cells each; block: rays per thread of
+# the scan; chunk: samples per partial weight gradient; hash_chunk: samples per writer of the hash gradient, all of them
+# for plain adds; seconds or steps: of a training run; frames: of its video.
 MACHINES = {
     "cpu": dict(march=2**16, batch=2**15, rays=2**15, coarsest=16, finest=512, table=2**17, grid=128, train_steps=256,
                 render_steps=512, refresh=8, block=16, chunk=128, hash_chunk=2**16, seconds=90, frames=48),
@@ -962,8 +963,9 @@ def command_bench(args):
     arch, device = start_taichi(args.arch)
     settings = MACHINES["cpu" if arch == "cpu" else "gpu"]
     m, line, refresh = Model(settings), {}, settings["refresh"]
-    train(m, upload_views(m, views), 0, steps=args.steps, report=lambda **now: line.update(now))
-    on_device, rays = upload_views(m, views), line["n_rays"]
+    on_device = upload_views(m, views)
+    train(m, on_device, 0, steps=args.steps, report=lambda **now: line.update(now))
+    rays = line["n_rays"]
 
     def step():
         train_step(m, rays, on_device, 0, line["step"], FINAL_RATE)
