@@ -59,7 +59,7 @@ READ_EVERY = 16                 # steps between two looks of the host at the cou
 # along the box's diagonal (training jitters them, so that coarse steps find thin parts in the mean; a picture needs
 # finer ones); refresh: steps between two updates of the occupancy grid, `batch` cells each; block: rays per thread of
 # the scan; chunk: samples per partial weight gradient; hash_chunk: samples per writer of the hash gradient, all of them
-# for plain adds; seconds or steps: of a training run; frames: of its video.
+# for plain adds; seconds, steps: length of a training run; frames: of its video.
 MACHINES = {
     "cpu": dict(march=2**16, batch=2**15, rays=2**15, coarsest=16, finest=512, table=2**17, grid=128, train_steps=256,
                 render_steps=512, refresh=8, block=16, chunk=128, hash_chunk=2**16, seconds=90, frames=48),
