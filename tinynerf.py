@@ -59,7 +59,7 @@ READ_EVERY = 16                 # steps between two looks of the host at the cou
 # along the box's diagonal (training jitters them, so that coarse steps find thin parts in the mean; a picture needs
 # finer ones); refresh: steps between two updates of the occupancy grid, `batch` cells each; block: rays per thread of
 # the scan; chunk: samples per partial weight gradient; hash_chunk: samples per writer of the hash gradient, all of them
-# for plain adds; seconds, steps: length of a training run; frames: of its video.
+# for plain adds. A training run lasts so many seconds or steps, and its video has so many frames.
 MACHINES = {
     "cpu": dict(march=2**16, batch=2**15, rays=2**15, coarsest=16, finest=512, table=2**17, grid=128, train_steps=256,
                 render_steps=512, refresh=8, block=16, chunk=128, hash_chunk=2**16, seconds=90, frames=48),
@@ -264,7 +264,7 @@ class Model:
         self.march_sample = self.new(f32, 4 * n)                 # position, dt
         self.march_feature = self.new(k.row64, n)                # the first n_levels * N_FEATURES entries
         self.march_sigma = self.new(f32, n)
-        self.keep = self.new(i32, n)                             # 1 if light reaches the sample
+        self.keep = self.new(i32, n)                             # 1 if the sample is kept
         self.counter = self.new(i32, 4)
         self.sample = self.new(f32, 4 * n)
         self.sample_ray = self.new(i32, n)
