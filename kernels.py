@@ -1,7 +1,7 @@
 """Every kernel of tinynerf, in the order in which a ray meets them; each forward is followed by its backward.
 
-    pixel -> ray -> march -> sample -> hash grid -> visible samples -> density MLP -> sigma, geometry
-                                                   direction + geometry -> color MLP -> rgb
+    pixel -> ray -> march -> sample (-> contraction) -> hash grid -> visible samples -> density MLP -> sigma, geometry
+                                     direction + geometry (+ code of the photograph) -> color MLP -> rgb
     rgb, sigma -> volume rendering -> loss, and back: loss -> rendering -> MLPs -> hash grid -> Adam
 
 Rules that hold for the whole file:
@@ -13,12 +13,13 @@ Rules that hold for the whole file:
   4. grad_x has the shape of x. Gradients of parameters accumulate (+=) until adam_step clears them, all others are
      overwritten (=).
   5. A buffer entry has one writer per launch, except where the docstring has an 'atomic' line.
-  6. The scene's box is the unit cube: positions are in [0, 1]^3, and lengths and 1/sigma are in units of its side.
+  6. The scene's box is the unit cube: positions are in [0, 1]^3, and lengths and 1/sigma are in units of its side. An
+     unbounded scene is all of space, bent into the cube by `contract`; its lengths are those before bending.
   7. Indices are i32: n_levels * samples, views * pixels, 4 * slots of the table and 8 * rays stay below 2^31.
 Nothing here uses autodiff, 64-bit or 16-bit types, shared memory, subgroups, recursion or captured state.
 
-Index letters: r ray, i sample, k step or sample along a ray, l level, j input and o output of a layer, c component,
-t thread (and distance along a ray, where there is one), b block.
+Index letters: r ray, v view, i sample, k step or sample along a ray, l level, j input and o output of a layer,
+c component, t thread (and distance along a ray, where there is one), b block.
 Counts made on the device stay there: a buffer `counter` [4] i32, one for the samples that are marched, one for those
 that are kept, holds
     [0] n_samples, the samples in the buffers now, at most their capacity     [1] rays that got their samples
@@ -32,6 +33,10 @@ OUTPUT = 16           # most outputs an MLP has: the density MLP's; the color ML
 N_FEATURES = 4        # F: features of a hash-table slot, and numbers in a row of the parameters
 UNKNOWN = 1e9         # density of a cell that nobody has looked at yet: it counts as occupied
 END = 1 << 30         # step index of a ray that has left the box
+RADIUS = 0.25         # of the ball in the middle of the cube that the contraction leaves as it is
+FAR = 100.0           # where rays of an unbounded scene end, in sides of the cube
+CAMERA = 22           # numbers of a camera: see generate_rays
+LENS_TOLERANCE = 1e-6  # to which a lens is inverted, in units of the focal length
 T_STOP = 1e-3         # a ray ends when less than this share of light reaches its next sample
 RAW_SIGMA_MAX = 15.0  # exp() is guarded above this: e^15 per box side is opaque within one step
 
@@ -87,40 +92,113 @@ def fill_uniform(n: ti.i32, first: ti.i32, bound: ti.f32, seed: ti.i32, params: 
 # ---- Rays -----------------------------------------------------------------------------------------------------------
 
 @ti.kernel
-def pick_pixels(n_rays: ti.i32, n_views: ti.i32, view_pixels: ti.i32, seed: ti.i32, step: ti.i32, ray_pixel: i32buf):
+def pick_pixels(n_rays: ti.i32, n_views: ti.i32, seed: ti.i32, step: ti.i32, size: i32buf, ray_pixel: i32buf,
+                ray_view: i32buf):
     """Pixels of a training batch: a random view, then a random pixel of it, with replacement.
 
-    ray_pixel  [n_rays]  out   view * view_pixels + row * width + column
+    size       [n_views, 4]  in    first pixel, width, height, lens: see generate_rays
+    ray_pixel  [n_rays]      out   index of the pixel: size[view][0] + row * width + column
+    ray_view   [n_rays]      out   the view
     thread     one per ray
     """
     for r in range(n_rays):
-        view = ti.cast(random_u32(seed, STREAM_VIEW, step, r) % ti.u32(n_views), ti.i32)
-        pixel = ti.cast(random_u32(seed, STREAM_PIXEL, step, r) % ti.u32(view_pixels), ti.i32)
-        ray_pixel[r] = view * view_pixels + pixel
+        v = ti.cast(random_u32(seed, STREAM_VIEW, step, r) % ti.u32(n_views), ti.i32)
+        n_pixels = size[4 * v + 1] * size[4 * v + 2]
+        ray_pixel[r] = size[4 * v] + ti.cast(random_u32(seed, STREAM_PIXEL, step, r) % ti.u32(n_pixels), ti.i32)
+        ray_view[r] = v
 
 
 @ti.kernel
-def list_pixels(n_rays: ti.i32, first: ti.i32, ray_pixel: i32buf):
-    """Pixels of an image that is rendered: the n_rays pixels from `first` on.
+def list_pixels(n_rays: ti.i32, first: ti.i32, ray_pixel: i32buf, ray_view: i32buf):
+    """Pixels of an image that is rendered, the only view there is: the n_rays pixels from `first` on.
 
-    ray_pixel  [n_rays]  out   as in pick_pixels
+    ray_pixel, ray_view  [n_rays]  out   as in pick_pixels
     thread     one per ray
     """
     for r in range(n_rays):
         ray_pixel[r] = first + r
+        ray_view[r] = 0
+
+
+@ti.func
+def distort(x, y, m, camera: ti.template()):
+    """Where OpenCV's lens model puts the point that a pinhole camera would see at (x, y), and its Jacobian; in units of
+    the focal length, y down, r^2 = x^2 + y^2:
+
+        x_d = x (1 + k1 r^2 + k2 r^4 + k3 r^6 + k4 r^8) + 2 p1 x y + p2 (r^2 + 2 x^2)
+        y_d = y (...)                                   + 2 p2 x y + p1 (r^2 + 2 y^2)
+    """
+    k1, k2, k3, k4 = camera[m + 16], camera[m + 17], camera[m + 18], camera[m + 19]
+    p1, p2 = camera[m + 20], camera[m + 21]
+    r2 = x * x + y * y
+    radial = 1.0 + r2 * (k1 + r2 * (k2 + r2 * (k3 + r2 * k4)))
+    slope = 2.0 * (k1 + r2 * (2.0 * k2 + r2 * (3.0 * k3 + r2 * 4.0 * k4)))         # of radial: d/dx = slope x
+    across = slope * x * y + 2.0 * p1 * x + 2.0 * p2 * y
+    return (x * radial + 2.0 * p1 * x * y + p2 * (r2 + 2.0 * x * x),
+            y * radial + 2.0 * p2 * x * y + p1 * (r2 + 2.0 * y * y),
+            radial + slope * x * x + 2.0 * p1 * y + 6.0 * p2 * x, across,
+            radial + slope * y * y + 2.0 * p2 * x + 6.0 * p1 * y)
+
+
+@ti.func
+def lens_direction(column, row, v, size: ti.template(), camera: ti.template()):
+    """Direction, as camera v sees it (x right, y up, looking down -z; any length), of the light that falls on a point
+    of its image (in pixels); (0, 0, 0) if there is none: where a lens model is not one to one.
+
+    Newton's method inverts the lens model, starting from the distorted point; without distortion that is the solution.
+    Lens 0: distort(). Lens 1, OpenCV's fisheye: theta is the angle to the optical axis, and the distance from the
+    principal point in focal lengths is theta_d = theta (1 + k1 theta^2 + k2 theta^4 + k3 theta^6 + k4 theta^8).
+    """
+    m = CAMERA * v
+    x_d, y_d = (column - camera[m + 14]) / camera[m + 12], (row - camera[m + 15]) / camera[m + 13]
+    direction = vec3(x_d, -y_d, -1.0)
+    solved = False
+    turn = 0
+    if size[4 * v + 3] == 1:
+        theta_d = ti.sqrt(x_d * x_d + y_d * y_d)
+        theta = theta_d
+        while not solved and turn < 20:
+            a = theta * theta
+            k1, k2, k3, k4 = camera[m + 16], camera[m + 17], camera[m + 18], camera[m + 19]
+            error = theta * (1.0 + a * (k1 + a * (k2 + a * (k3 + a * k4)))) - theta_d
+            slope = 1.0 + a * (3.0 * k1 + a * (5.0 * k2 + a * (7.0 * k3 + a * 9.0 * k4)))
+            solved = ti.abs(error) <= LENS_TOLERANCE and slope > 0.0 and theta < 3.14159
+            theta -= error / slope
+            turn += 1
+        if theta_d > 0.0:
+            direction = vec3(x_d, -y_d, 0.0) * (ti.sin(theta) / theta_d)
+        direction[2] = -ti.cos(theta)
+    else:
+        x, y = x_d, y_d
+        while not solved and turn < 20:
+            x_got, y_got, xx, xy, yy = distort(x, y, m, camera)
+            dx, dy = x_got - x_d, y_got - y_d
+            det = xx * yy - xy * xy
+            solved = ti.max(ti.abs(dx), ti.abs(dy)) <= LENS_TOLERANCE and det > 0.0
+            x -= (yy * dx - xy * dy) / det
+            y -= (xx * dy - xy * dx) / det
+            turn += 1
+        direction = vec3(x, -y, -1.0)
+    if not solved:
+        direction = vec3(0.0)
+    return direction
 
 
 @ti.kernel
-def generate_rays(n_rays: ti.i32, width: ti.i32, height: ti.i32, near: ti.f32, step_length: ti.f32, jitter: ti.i32,
-                  seed: ti.i32, step: ti.i32, ray_pixel: i32buf, camera: f32buf, ray: f32buf, ray_step: i32buf,
-                  pixel: f32buf, depth: f32buf):
-    """Pinhole ray through the centre of each pixel, and where it enters and leaves the unit cube.
+def generate_rays(n_rays: ti.i32, unbounded: ti.i32, near: ti.f32, step_length: ti.f32, jitter: ti.i32, seed: ti.i32,
+                  step: ti.i32, ray_pixel: i32buf, ray_view: i32buf, size: i32buf, camera: f32buf, ray: f32buf,
+                  ray_step: i32buf, pixel: f32buf, depth: f32buf):
+    """Ray through the centre of each pixel, and where it enters and leaves the unit cube.
 
-        direction = normalize(R ((column + 0.5 - cx) / fx, -(row + 0.5 - cy) / fy, -1))     OpenGL: looks down -z
+        direction = normalize(R lens_direction(column + 0.5, row + 0.5))
         t_first   = max(near, entry) + u step_length       u random in [0, 1) while training (jitter = 1), 1/2 otherwise
 
-    ray_pixel  [n_rays]      in    view * width * height + row * width + column
-    camera     [n_views, 16] in    camera to cube, 3 rows of 4 (R | origin), R a rotation; fx, fy, cx, cy in pixels
+    An unbounded scene has no walls: there rays go from `near` to FAR.
+    ray_pixel  [n_rays]      in    size[view][0] + row * width + column
+    ray_view   [n_rays]      in    the view
+    size       [n_views, 4]  in    first pixel, width, height, lens
+    camera     [n_views, 22] in    camera to cube, 3 rows of 4 (R | origin), R a rotation, the camera looks down -z;
+                                   fx, fy, cx, cy in pixels; k1, k2, k3, k4, p1, p2: see distort
     ray        [n_rays, 8]   out   origin, t_first, direction (unit length), t_last; t_last < t_first if it misses
     ray_step   [n_rays]      out   0: the next step to march
     pixel      [n_rays, 4]   out   (0, 0, 0, 1): no light gathered yet, all of it still to come
@@ -128,27 +206,29 @@ def generate_rays(n_rays: ti.i32, width: ti.i32, height: ti.i32, near: ti.f32, s
     thread     one per ray
     """
     for r in range(n_rays):
-        view = ray_pixel[r] // (width * height)
-        at = ray_pixel[r] % (width * height)
-        m = 16 * view
-        x = (ti.cast(at % width, ti.f32) + 0.5 - camera[m + 14]) / camera[m + 12]
-        y = -(ti.cast(at // width, ti.f32) + 0.5 - camera[m + 15]) / camera[m + 13]
+        v = ray_view[r]
+        at = ray_pixel[r] - size[4 * v]
+        m = CAMERA * v
+        local = lens_direction(at % size[4 * v + 1] + 0.5, at // size[4 * v + 1] + 0.5, v, size, camera)
         direction = vec3(0.0)
         for c in ti.static(range(3)):
-            direction[c] = camera[m + 4 * c] * x + camera[m + 4 * c + 1] * y - camera[m + 4 * c + 2]
-        direction = direction.normalized()
+            direction[c] = (camera[m + 4 * c] * local[0] + camera[m + 4 * c + 1] * local[1]
+                            + camera[m + 4 * c + 2] * local[2])
+        length = direction.norm()
+        direction = direction / ti.max(length, 1e-9)
 
         t_first = near
-        t_last = 1e30
-        for c in ti.static(range(3)):
-            # A component of 0 never crosses its two planes: put the crossings far away instead of dividing by 0.
-            d = direction[c]
-            if ti.abs(d) < 1e-9:
-                d = 1e-9
-            t_0 = (0.0 - camera[m + 4 * c + 3]) / d
-            t_1 = (1.0 - camera[m + 4 * c + 3]) / d
-            t_first = ti.max(t_first, ti.min(t_0, t_1))
-            t_last = ti.min(t_last, ti.max(t_0, t_1))
+        t_last = ti.select(length > 0.0, FAR, -1.0)
+        if unbounded == 0:
+            for c in ti.static(range(3)):
+                # A component of 0 never crosses its two planes: put the crossings far away instead of dividing by 0.
+                d = direction[c]
+                if ti.abs(d) < 1e-9:
+                    d = 1e-9
+                t_0 = (0.0 - camera[m + 4 * c + 3]) / d
+                t_1 = (1.0 - camera[m + 4 * c + 3]) / d
+                t_first = ti.max(t_first, ti.min(t_0, t_1))
+                t_last = ti.min(t_last, ti.max(t_0, t_1))
         u = 0.5
         if jitter == 1:
             u = random_f32(seed, STREAM_JITTER, step, r)
@@ -162,6 +242,43 @@ def generate_rays(n_rays: ti.i32, width: ti.i32, height: ti.i32, near: ti.f32, s
         pixel[4 * r + 3] = 1.0
         depth[r] = 0.0
         ray_step[r] = 0
+
+
+# ---- Contraction of unbounded space (Barron et al. 2022, "Mip-NeRF 360", equation 10)
+
+@ti.func
+def contract(x):
+    """A point of space to one of the cube. With y = (x - middle) / RADIUS, the ball |y| <= 1 stays as it is, and all
+    that is beyond goes into the shell around it, up to |y| = 2, the ball that just fits into the cube:
+
+        contract(y) = (2 - 1 / |y|) y / |y|        where |y| > 1
+    """
+    y = (x - 0.5) / RADIUS
+    n = y.norm()
+    return 0.5 + RADIUS * y * ti.select(n > 1.0, (2.0 - 1.0 / ti.max(n, 1.0)) / ti.max(n, 1.0), 1.0)
+
+
+@ti.func
+def expand(x):
+    """The inverse of contract; points that nothing is contracted to go to the far end."""
+    y = (x - 0.5) / RADIUS
+    n = y.norm()
+    return 0.5 + RADIUS * y * ti.select(n > 1.0, 1.0 / (ti.max(n, 1.0) * ti.max(2.0 - n, RADIUS / FAR)), 1.0)
+
+
+@ti.kernel
+def contract_samples(counter: i32buf, sample: f32buf):
+    """Samples from space into the cube; only in unbounded scenes. t and dt stay lengths before bending. It has no
+    backward: nothing here needs the gradient of a position.
+
+    counter  [4]             in
+    sample   [n_samples, 5]  in-out  the position
+    thread   one per sample
+    """
+    for i in range(counter[0]):
+        x = contract(vec3(sample[5 * i], sample[5 * i + 1], sample[5 * i + 2]))
+        for c in ti.static(range(3)):
+            sample[5 * i + c] = x[c]
 
 
 # ---- Occupancy grid: which of grid_size^3 cells may hold something (instant-ngp, section E.2). Cells are numbered by
@@ -201,13 +318,47 @@ def scattered_cell(t, grid_size):
 
 
 @ti.kernel
-def mark_visible_cells(grid_size: ti.i32, n_views: ti.i32, width: ti.i32, height: ti.i32, near: ti.f32,
-                       camera: f32buf, density_grid: f32buf):
+def bound_views(n_views: ti.i32, size: i32buf, camera: f32buf, view_bound: f32buf):
+    """The pyramid of view around what each camera sees: the largest slopes of light along the border of its image.
+
+    size        [n_views, 4]   in
+    camera      [n_views, 22]  in    see generate_rays
+    view_bound  [n_views, 4]   out   lowest and highest x / depth, lowest and highest y / depth, y up; +-1e4 where the
+                                     border sees further than that, or nothing
+    thread      one per view
+    """
+    for v in range(n_views):
+        width, height = size[4 * v + 1], size[4 * v + 2]
+        low, high = ti.Vector([1e4, 1e4]), ti.Vector([-1e4, -1e4])
+        for t in range(2 * (width + height)):
+            column, row = 0, 0                       # clockwise from the upper left corner
+            if t < width:
+                column, row = t, 0
+            elif t < width + height:
+                column, row = width, t - width
+            elif t < 2 * width + height:
+                column, row = 2 * width + height - t, height
+            else:
+                column, row = 0, 2 * (width + height) - t
+            direction = lens_direction(ti.cast(column, ti.f32), ti.cast(row, ti.f32), v, size, camera)
+            for c in ti.static(range(2)):
+                slope = direction[c] / ti.max(-direction[2], 1e-4)
+                low[c] = ti.select(direction[2] > -1e-4, -1e4, ti.min(low[c], slope))
+                high[c] = ti.select(direction[2] > -1e-4, 1e4, ti.max(high[c], slope))
+        for c in ti.static(range(2)):
+            view_bound[4 * v + 2 * c] = low[c]
+            view_bound[4 * v + 2 * c + 1] = high[c]
+
+
+@ti.kernel
+def mark_visible_cells(grid_size: ti.i32, unbounded: ti.i32, n_views: ti.i32, near: ti.f32, camera: f32buf,
+                       view_bound: f32buf, density_grid: f32buf):
     """Cells that no camera sees are marked -1 for good: nothing would ever correct a guess made there.
 
     A cell counts as seen unless the sphere around it lies outside one of the pyramid of view's four sides, behind the
     camera, or nearer than `near`.
-    camera        [n_views, 16]   in    see generate_rays
+    camera        [n_views, 22]   in    see generate_rays
+    view_bound    [n_views, 4]    in    from bound_views
     density_grid  [grid_size^3]   out   UNKNOWN where a camera sees the cell, -1 elsewhere
     thread        one per cell
     """
@@ -216,21 +367,27 @@ def mark_visible_cells(grid_size: ti.i32, n_views: ti.i32, width: ti.i32, height
         radius = 0.8660254 / grid_size
         seen = 0
         view = 0
+        if unbounded == 1:                           # the sphere around the cell as it was before bending
+            if (center - 0.5).norm() > 2.0 * RADIUS:
+                view = n_views                       # nothing is contracted to here
+            middle = center
+            center = expand(middle)
+            for corner in range(8):
+                x = vec3(corner & 1, corner >> 1 & 1, corner >> 2) - 0.5
+                radius = ti.max(radius, (expand(middle + x / grid_size) - center).norm())
         while seen == 0 and view < n_views:
-            m = 16 * view
+            m = CAMERA * view
             p = vec3(0.0)                            # the centre as the camera sees it: the inverse of a rotation
             for c in ti.static(range(3)):            # is its transpose
                 for a in ti.static(range(3)):
                     p[c] += camera[m + 4 * a + c] * (center[a] - camera[m + 4 * a + 3])
             depth = -p[2]
-            f = ti.Vector([camera[m + 12], camera[m + 13]])
-            low = ti.Vector([-camera[m + 14], camera[m + 15] - height]) / f        # slopes of the four side planes
-            high = ti.Vector([width - camera[m + 14], camera[m + 15]]) / f
             inside = depth > -radius and p.norm() > near - radius
             for c in ti.static(range(2)):
-                if p[c] - high[c] * depth > radius * ti.sqrt(1.0 + high[c] * high[c]):
+                low, high = view_bound[4 * view + 2 * c], view_bound[4 * view + 2 * c + 1]
+                if p[c] - high * depth > radius * ti.sqrt(1.0 + high * high):
                     inside = False
-                if low[c] * depth - p[c] > radius * ti.sqrt(1.0 + low[c] * low[c]):
+                if low * depth - p[c] > radius * ti.sqrt(1.0 + low * low):
                     inside = False
             if inside:
                 seen = 1
@@ -239,39 +396,45 @@ def mark_visible_cells(grid_size: ti.i32, n_views: ti.i32, width: ti.i32, height
 
 
 @ti.kernel
-def place_cell_samples(n: ti.i32, first: ti.i32, grid_size: ti.i32, seed: ti.i32, step: ti.i32, sample: f32buf,
-                       counter: i32buf):
+def place_cell_samples(n: ti.i32, first: ti.i32, grid_size: ti.i32, step_length: ti.f32, growth: ti.f32, seed: ti.i32,
+                       step: ti.i32, sample: f32buf, counter: i32buf):
     """A random point in each of n cells of the scattered walk, as samples for hash_encode_forward and probe_density.
 
-    sample   [n, 4]  out   position; the step length is 0, nothing is rendered
+    sample   [n, 5]  out   position in the cube, 0, and the dt that a ray from the middle would have there
     counter  [4]     out   [0] = n; a buffer of its own, not the march's
     thread   one per cell
     """
     for t in range(n):
-        corner = cell_corner(scattered_cell(first + t, grid_size), grid_size)
+        x = cell_corner(scattered_cell(first + t, grid_size), grid_size)
         for c in ti.static(range(3)):
-            sample[4 * t + c] = (corner[c] + random_f32(seed, STREAM_CELL + c, step, t)) / grid_size
-        sample[4 * t + 3] = 0.0
+            x[c] = (x[c] + random_f32(seed, STREAM_CELL + c, step, t)) / grid_size
+            sample[5 * t + c] = x[c]
+        sample[5 * t + 3] = 0.0
+        sample[5 * t + 4] = step_length
+        if growth > 0.0:
+            sample[5 * t + 4] = step_length + growth * (expand(x) - 0.5).norm()
         if t == 0:
             counter[0] = n
 
 
 @ti.kernel
-def update_density_grid(n: ti.i32, first: ti.i32, grid_size: ti.i32, decay: ti.f32, cell_sigma: f32buf,
-                        density_grid: f32buf):
-    """A cell's density is the largest seen there, slowly forgotten: grid = max(decay grid, sigma); at first, sigma.
+def update_density_grid(n: ti.i32, first: ti.i32, grid_size: ti.i32, decay: ti.f32, sample: f32buf,
+                        cell_sigma: f32buf, density_grid: f32buf):
+    """What the grid holds is sigma dt, the share of light that one training step through the cell takes (while it is
+    small): the largest seen there, slowly forgotten. grid = max(decay grid, sigma dt); at first, sigma dt.
 
-    cell_sigma    [n]            in      at the points of place_cell_samples
+    sample        [n, 5]         in      from place_cell_samples: [4] = dt
+    cell_sigma    [n]            in      at these points
     density_grid  [grid_size^3]  in-out  cells that no camera sees stay -1
     thread        one per cell of the walk; n <= grid_size^3, so that no cell comes twice and each has one writer
     """
     for t in range(n):
         cell = scattered_cell(first + t, grid_size)
-        sigma = cell_sigma[t]
+        density = cell_sigma[t] * sample[5 * t + 4]
         if density_grid[cell] >= UNKNOWN:
-            density_grid[cell] = sigma
+            density_grid[cell] = density
         elif density_grid[cell] >= 0.0:
-            density_grid[cell] = ti.max(decay * density_grid[cell], sigma)
+            density_grid[cell] = ti.max(decay * density_grid[cell], density)
 
 
 @ti.kernel
@@ -351,26 +514,66 @@ def pack_blocks(grid_size: ti.i32, occupancy: u32buf):
 # dropped for want of room keeps its ray_step: in rendering the next wave takes it.
 
 @ti.func
-def next_sample(origin, direction, t_first, t_last, k, step_length, grid_size, occupancy: ti.template()):
-    """The first step index >= k whose point, at t_first + k step_length, lies before t_last and in a cell that is set
-    in `occupancy`; END if there is none.
+def step_distance(k, step_length, growth):
+    """How far step k is behind the first: dt grows with it, dt = step_length + growth distance, so that
+
+        distance = step_length (e^(growth k) - 1) / growth,  or k step_length where steps do not grow
+    """
+    distance = k * step_length
+    if growth > 0.0:
+        distance = step_length * (ti.exp(growth * k) - 1.0) / growth
+    return distance
+
+
+@ti.func
+def steps_within(distance, dt, growth):
+    """How many steps, the first of length dt, cover a distance: the inverse of step_distance."""
+    steps = distance / dt
+    if growth > 0.0:
+        steps = ti.log(1.0 + growth * steps) / growth
+    return steps
+
+
+@ti.func
+def distance_bent(y, room):
+    """How far one can go from y, any way, before the contracted point moves by `room`; all in units of RADIUS.
+
+    At |y| = n > 1 the contraction shrinks lengths to at most shrink(n) = (2 n - 1) / n^2, across the ray from the
+    middle; along it to 1 / n^2. Whoever goes less than n / 2 stays beyond n / 2, where nothing is longer than
+    shrink(n / 2) of what it was; nothing is stretched anywhere.
+    """
+    half = ti.max(0.5 * y.norm(), 1.0)
+    return ti.max(room, ti.min(0.5 * y.norm(), room * half * half / (2.0 * half - 1.0)))
+
+
+@ti.func
+def next_sample(origin, direction, t_first, t_last, k, step_length, growth, unbounded, grid_size,
+                occupancy: ti.template()):
+    """The first step index >= k whose point, step_distance(k) behind t_first, lies before t_last and in a cell that is
+    set in `occupancy`; END if there is none.
 
     An empty cell, or a whole empty brick or block, is left in one go, by as many whole steps as it takes: the points
-    that are tested do not depend on what lies between them.
+    that are tested do not depend on what lies between them. Where space is bent, so are rays: there, one goes as far
+    as stays inside in any direction.
     """
     n = grid_size >> 4
-    start, speed, inverse, ahead = vec3(0.0), vec3(0.0), vec3(0.0), vec3(0.0)      # all in cells
+    inverse, ahead = vec3(0.0), vec3(0.0)
     for c in ti.static(range(3)):
-        start[c] = origin[c] * grid_size
-        speed[c] = direction[c] * grid_size
-        inverse[c] = 1.0 / ti.select(ti.abs(speed[c]) > 1e-6, speed[c], 1e-6)
-        ahead[c] = ti.select(speed[c] >= 0.0, 1.0, 0.0)
+        speed = direction[c] * grid_size             # in cells
+        inverse[c] = 1.0 / ti.select(ti.abs(speed) > 1e-6, speed, 1e-6)
+        ahead[c] = ti.select(speed >= 0.0, 1.0, 0.0)
     found = END
-    t = t_first + k * step_length
+    t = t_first + step_distance(k, step_length, growth)
     while found == END and t < t_last:
+        x = origin + t * direction
+        bent = False
+        if unbounded == 1:
+            bent = (x - 0.5).norm() > RADIUS
+            if bent:
+                x = contract(x)
         cell = ti.Vector([0, 0, 0])
         for c in ti.static(range(3)):
-            cell[c] = cell_of(start[c] + t * speed[c], grid_size)
+            cell[c] = cell_of(x[c] * grid_size, grid_size)
         scale = 4                                    # log2 of the size of what is left: a block, a brick or a cell
         if occupancy[n * n * n * 128 + ((cell[2] >> 3) * n + (cell[1] >> 4)) * n + (cell[0] >> 4)] != ti.u32(0):
             number = cell_number(cell[0], cell[1], cell[2], grid_size)
@@ -379,20 +582,27 @@ def next_sample(origin, direction, t_first, t_last, k, step_length, grid_size, o
             if (word >> ti.u32(number & 31)) & ti.u32(1) == ti.u32(1):
                 found = k
         if found == END:
-            t_exit = 1e30                            # until the next wall
+            t_exit = 1e30                            # until the next wall, and the room to the nearest one, in cells
+            room = 1e30
             for c in ti.static(range(3)):
                 size = ti.max(1, 1 << scale >> ti.static((0, 0, 1)[c]))
-                wall = (cell[c] & -size) + ahead[c] * size
+                low = (cell[c] & -size) - x[c] * grid_size
                 # abs: where speed is next to 0, inverse is positive whatever the sign, and the wall is far away.
-                t_exit = ti.min(t_exit, ti.abs((wall - start[c] - t * speed[c]) * inverse[c]))
-            k += ti.max(1, ti.cast(ti.ceil(t_exit / step_length), ti.i32))
-            t = t_first + k * step_length
+                t_exit = ti.min(t_exit, ti.abs((low + ahead[c] * size) * inverse[c]))
+                room = ti.min(room, ti.min(-low, low + size))
+            if unbounded == 1:
+                y = (origin + t * direction - 0.5) / RADIUS
+                if bent or (origin + (t + t_exit) * direction - 0.5).norm() > RADIUS:
+                    t_exit = RADIUS * distance_bent(y, ti.max(room, 0.0) / (grid_size * RADIUS))
+            dt = step_length + growth * (t - t_first)
+            k += ti.max(1, ti.cast(ti.ceil(steps_within(t_exit, dt, growth)), ti.i32))
+            t = t_first + step_distance(k, step_length, growth)
     return found
 
 
 @ti.kernel
-def count_samples(n_rays: ti.i32, limit: ti.i32, step_length: ti.f32, grid_size: ti.i32, ray: f32buf,
-                  ray_step: i32buf, pixel: f32buf, occupancy: u32buf, ray_span: i32buf):
+def count_samples(n_rays: ti.i32, limit: ti.i32, step_length: ti.f32, growth: ti.f32, unbounded: ti.i32,
+                  grid_size: ti.i32, ray: f32buf, ray_step: i32buf, pixel: f32buf, occupancy: u32buf, ray_span: i32buf):
     """First walk: how many samples each ray wants, at most `limit`; none if no light gets through it any more.
 
     ray        [n_rays, 8]       in    see generate_rays
@@ -408,11 +618,12 @@ def count_samples(n_rays: ti.i32, limit: ti.i32, step_length: ti.f32, grid_size:
         count = 0
         k = ray_step[r]
         if pixel[4 * r + 3] >= T_STOP:
-            k = next_sample(origin, direction, ray[8 * r + 3], ray[8 * r + 7], k, step_length, grid_size, occupancy)
+            k = next_sample(origin, direction, ray[8 * r + 3], ray[8 * r + 7], k, step_length, growth, unbounded,
+                            grid_size, occupancy)
             while k < END and count < limit:
                 count += 1
-                k = next_sample(origin, direction, ray[8 * r + 3], ray[8 * r + 7], k + 1, step_length, grid_size,
-                                occupancy)
+                k = next_sample(origin, direction, ray[8 * r + 3], ray[8 * r + 7], k + 1, step_length, growth,
+                                unbounded, grid_size, occupancy)
         ray_span[2 * r + 1] = count
 
 
@@ -481,8 +692,9 @@ def claim_spans(n_rays: ti.i32, block: ti.i32, block_start: i32buf, ray_span: i3
 
 
 @ti.kernel
-def write_samples(n_rays: ti.i32, limit: ti.i32, step_length: ti.f32, grid_size: ti.i32, ray: f32buf,
-                  ray_step: i32buf, occupancy: u32buf, ray_span: i32buf, sample: f32buf):
+def write_samples(n_rays: ti.i32, limit: ti.i32, step_length: ti.f32, growth: ti.f32, unbounded: ti.i32,
+                  grid_size: ti.i32, ray: f32buf, ray_step: i32buf, occupancy: u32buf, ray_span: i32buf,
+                  sample: f32buf):
     """Second walk: the same steps as in count_samples, now written down. A port must round alike in both.
 
     ray         [n_rays, 8]       in
@@ -490,7 +702,7 @@ def write_samples(n_rays: ti.i32, limit: ti.i32, step_length: ti.f32, grid_size:
                                           fewer than `limit`: it left the box or is opaque; unchanged if dropped)
     occupancy   [n + n / 64]      in
     ray_span    [n_rays, 2]       in      from claim_spans
-    sample      [capacity, 4]     out     position, step length
+    sample      [capacity, 5]     out     position (not contracted yet), t, dt
     thread      one per ray
     """
     for r in range(n_rays):
@@ -499,11 +711,13 @@ def write_samples(n_rays: ti.i32, limit: ti.i32, step_length: ti.f32, grid_size:
         k = ray_step[r]
         first = ray_span[2 * r]
         for i in range(first, first + ray_span[2 * r + 1]):
-            k = next_sample(origin, direction, ray[8 * r + 3], ray[8 * r + 7], k, step_length, grid_size, occupancy)
-            t = ray[8 * r + 3] + k * step_length
+            k = next_sample(origin, direction, ray[8 * r + 3], ray[8 * r + 7], k, step_length, growth, unbounded,
+                            grid_size, occupancy)
+            distance = step_distance(k, step_length, growth)
             for c in ti.static(range(3)):
-                sample[4 * i + c] = ti.math.clamp(origin[c] + t * direction[c], 0.0, 1.0)
-            sample[4 * i + 3] = step_length
+                sample[5 * i + c] = origin[c] + (ray[8 * r + 3] + distance) * direction[c]
+            sample[5 * i + 3] = ray[8 * r + 3] + distance
+            sample[5 * i + 4] = step_length + growth * distance
             k += 1
         if first >= 0 and ray_span[2 * r + 1] < limit:
             k = END
@@ -528,8 +742,8 @@ def locate(i, sample: ti.template(), resolution):
     cell = ti.Vector([0, 0, 0])
     fraction = vec3(0.0)
     for c in ti.static(range(3)):
-        cell[c] = cell_of(sample[4 * i + c] * resolution, resolution)
-        fraction[c] = sample[4 * i + c] * resolution - cell[c]
+        cell[c] = cell_of(sample[5 * i + c] * resolution, resolution)
+        fraction[c] = sample[5 * i + c] * resolution - cell[c]
     return cell, fraction
 
 
@@ -560,7 +774,7 @@ def hash_encode_forward(n_levels: ti.i32, counter: i32buf, level: i32buf, sample
     w_v is corner_weight, slot_l(v) the level's first slot + grid_slot; vertices lie at multiples of 1 / resolution.
     counter  [4]                        in
     level    [n_levels, 4]              in    resolution (cells per side), first slot, number of slots, 1 if hashed
-    sample   [n_samples, 4]             in    position
+    sample   [n_samples, 5]             in    position, in the cube
     table    [n_slots] rows of F        in    the first rows of the parameters
     feature  [n_samples] rows of 64     out   the first F n_levels entries
     thread   one per (level, sample), level by level: one level's slots stay in the cache
@@ -790,7 +1004,7 @@ def mark_visible_samples(n_rays: ti.i32, min_weight: ti.f32, march_span: i32buf,
     min_weight, in front of the early stop. The others dim nothing, so that T is what composite_forward will find.
 
     march_span    [n_rays, 2]     in    first sample, number of samples, of those marched
-    march_sample  [n_marched, 4]  in    [3] = dt
+    march_sample  [n_marched, 5]  in    [4] = dt
     march_sigma   [n_marched]     in
     pixel         [n_rays, 4]     in    [3] = T, what earlier waves let through
     keep          [n_marched]     out   1 if the sample is kept
@@ -802,7 +1016,7 @@ def mark_visible_samples(n_rays: ti.i32, min_weight: ti.f32, march_span: i32buf,
         count = 0
         first = march_span[2 * r]
         for i in range(first, first + march_span[2 * r + 1]):
-            alpha = 1.0 - ti.exp(-march_sigma[i] * march_sample[4 * i + 3])
+            alpha = 1.0 - ti.exp(-march_sigma[i] * march_sample[5 * i + 4])
             keep[i] = 0
             if T >= T_STOP and T * alpha >= min_weight:
                 keep[i] = 1
@@ -817,11 +1031,11 @@ def keep_visible_samples(n_rays: ti.i32, march_span: i32buf, march_sample: f32bu
     """Copy the samples that are kept, with their features, into buffers without gaps, in ray order.
 
     march_span     [n_rays, 2]             in
-    march_sample   [n_marched, 4]          in
+    march_sample   [n_marched, 5]          in
     march_feature  [n_marched] rows of 64  in
     keep           [n_marched]             in
     ray_span       [n_rays, 2]             in    from claim_spans
-    sample         [n_samples, 4]          out   position, dt
+    sample         [n_samples, 5]          out   position, t, dt
     feature        [n_samples] rows of 64  out
     sample_ray     [n_samples]             out   r
     thread         one per ray
@@ -831,8 +1045,8 @@ def keep_visible_samples(n_rays: ti.i32, march_span: i32buf, march_sample: f32bu
         first = march_span[2 * r]
         for j in range(first, first + march_span[2 * r + 1]):
             if keep[j] == 1:
-                for c in ti.static(range(4)):
-                    sample[4 * i + c] = march_sample[4 * j + c]
+                for c in ti.static(range(5)):
+                    sample[5 * i + c] = march_sample[5 * j + c]
                 feature[i] = march_feature[j]
                 sample_ray[i] = r
                 i += 1
@@ -874,16 +1088,22 @@ def density_head_backward(counter: i32buf, rgb_sigma: f32buf, grad_rgb_sigma: f3
 
 
 @ti.kernel
-def color_input_forward(counter: i32buf, geometry: rows16, sample_ray: i32buf, ray: f32buf, color_input: rows64):
-    """color_input[i] = (geometry[i], Y(direction)): the 16 real spherical harmonics of bands 0 to 3.
+def color_input_forward(n_code: ti.i32, first: ti.i32, counter: i32buf, geometry: rows16, sample_ray: i32buf,
+                        ray: f32buf, ray_view: i32buf, params: rowsF, color_input: rows64):
+    """color_input[i] = (geometry[i], Y(direction), code[view]): what the density MLP says, the 16 real spherical
+    harmonics of bands 0 to 3, and n_code numbers that are learned for each photograph, for what differs between
+    photographs of one scene, such as exposure and white balance (Martin-Brualla et al. 2021, "NeRF in the Wild",
+    section 4.1; n_code = 0 where photographs agree).
 
-    Constants: Sloan 2008, "Stupid Spherical Harmonics Tricks", appendix A2. It has no backward of its own: cameras
-    are given, so no gradient goes to the direction, and that of geometry is taken up by density_head_backward.
-    counter      [4]                     in
-    geometry     [n_samples] rows of 16  in
-    sample_ray   [n_samples]             in
-    ray          [n_rays, 8]             in    [4:7] = direction
-    color_input  [n_samples] rows of 64  out   the first 32 entries
+    Constants: Sloan 2008, "Stupid Spherical Harmonics Tricks", appendix A2. Cameras are given, so no gradient goes to
+    the direction; that of geometry is taken up by density_head_backward, that of the code by code_backward.
+    counter      [4]                       in
+    geometry     [n_samples] rows of 16    in
+    sample_ray   [n_samples]               in
+    ray          [n_rays, 8]               in    [4:7] = direction
+    ray_view     [n_rays]                  in
+    params       [n_param_rows] rows of F  in    numbers from `first` on: code [n_views, n_code]
+    color_input  [n_samples] rows of 64    out   the first 32 + n_code entries
     thread       one per sample
     """
     for i in range(counter[0]):
@@ -899,6 +1119,50 @@ def color_input_forward(counter: i32buf, geometry: rows16, sample_ray: i32buf, r
         for c in ti.static(range(OUTPUT)):
             color_input[i][c] = geometry[i][c]
             color_input[i][OUTPUT + c] = Y[c]
+        for c in range(n_code):
+            at = first + n_code * ray_view[r] + c
+            color_input[i][2 * OUTPUT + c] = params[at // N_FEATURES][at % N_FEATURES]
+
+
+@ti.kernel
+def code_backward(n_code: ti.i32, first: ti.i32, n_chunks: ti.i32, chunk: ti.i32, counter: i32buf, sample_ray: i32buf,
+                  ray_view: i32buf, grad_color_input: rows64, grad_params: rowsF):
+    """grad_code[view] += sum of grad_color_input[i][32:32 + n_code] over the samples i of the view's rays
+
+    n_chunks chunks of `chunk` samples each, at least as many as there are samples.
+    counter           [4]                       in
+    sample_ray        [n_samples]               in
+    ray_view          [n_rays]                  in
+    grad_color_input  [n_samples] rows of 64    in
+    grad_params       [n_param_rows] rows of F  in-out  numbers from `first` on
+    thread   one per chunk of samples
+    atomic   f32 add on grad_params, unless one chunk holds all samples, as in hash_encode_backward
+    """
+    for t in range(n_chunks):
+        for i in range(t * chunk, ti.min((t + 1) * chunk, counter[0])):
+            for c in range(n_code):
+                at = first + n_code * ray_view[sample_ray[i]] + c
+                g = grad_color_input[i][2 * OUTPUT + c]
+                if chunk >= counter[0]:
+                    grad_params[at // N_FEATURES][at % N_FEATURES] = grad_params[at // N_FEATURES][at % N_FEATURES] + g
+                else:
+                    ti.atomic_add(grad_params[at // N_FEATURES][at % N_FEATURES], g)
+
+
+@ti.kernel
+def mean_code(n_views: ti.i32, n_code: ti.i32, first: ti.i32, params: rowsF):
+    """The neutral code, for views that are no photograph: the mean of all codes, behind the last of them.
+
+    params   [n_param_rows] rows of F  in-out  numbers from `first` on: code [n_views + 1, n_code]
+    thread   one per component
+    """
+    for c in range(n_code):
+        total = 0.0
+        for v in range(n_views):
+            at = first + n_code * v + c
+            total += params[at // N_FEATURES][at % N_FEATURES]
+        at = first + n_code * n_views + c
+        params[at // N_FEATURES][at % N_FEATURES] = total / n_views
 
 
 @ti.kernel
@@ -934,18 +1198,17 @@ def color_head_backward(counter: i32buf, rgb_sigma: f32buf, grad_rgb_sigma: f32b
 # ---- Volume rendering (Max 1995; Mildenhall et al. 2020, "NeRF", equation 3)
 
 @ti.kernel
-def composite_forward(n_rays: ti.i32, ray: f32buf, ray_span: i32buf, sample: f32buf, rgb_sigma: f32buf, pixel: f32buf,
+def composite_forward(n_rays: ti.i32, ray_span: i32buf, sample: f32buf, rgb_sigma: f32buf, pixel: f32buf,
                       depth: f32buf):
     """Front-to-back sum over the samples of each ray, on top of what earlier waves have gathered:
 
         alpha_k = 1 - exp(-sigma_k dt_k)
         T_{k+1} = T_k (1 - alpha_k)                 light that gets past sample k; T_0 = pixel[3]
         pixel  += sum_k T_k alpha_k rgb_k           until T_k < T_STOP; pixel[3] = T_end
-        depth  += sum_k T_k alpha_k t_k             t_k = (position_k - origin) . direction
+        depth  += sum_k T_k alpha_k t_k
 
-    ray        [n_rays, 8]     in
     ray_span   [n_rays, 2]     in      first sample, number of samples
-    sample     [n_samples, 4]  in      position, dt
+    sample     [n_samples, 5]  in      [3] = t, [4] = dt
     rgb_sigma  [n_samples, 4]  in
     pixel      [n_rays, 4]     in-out  red, green, blue without the background, T
     depth      [n_rays]        in-out
@@ -959,10 +1222,10 @@ def composite_forward(n_rays: ti.i32, ray: f32buf, ray_span: i32buf, sample: f32
         for i in range(first, first + ray_span[2 * r + 1]):
             if T < T_STOP:
                 break
-            alpha = 1.0 - ti.exp(-rgb_sigma[4 * i + 3] * sample[4 * i + 3])
+            alpha = 1.0 - ti.exp(-rgb_sigma[4 * i + 3] * sample[5 * i + 4])
             for c in ti.static(range(3)):
                 color[c] += T * alpha * rgb_sigma[4 * i + c]
-                distance += T * alpha * (sample[4 * i + c] - ray[8 * r + c]) * ray[8 * r + 4 + c]
+            distance += T * alpha * sample[5 * i + 3]
             T *= 1.0 - alpha
         for c in ti.static(range(3)):
             pixel[4 * r + c] = color[c]
@@ -982,7 +1245,7 @@ def composite_backward(n_rays: ti.i32, ray_span: i32buf, sample: f32buf, rgb_sig
     Raising sigma_k adds T_{k+1} dt of its own color, and hides dt of what is behind it: later samples and background.
     It walks forwards again and recomputes T, which costs less than storing it; depth gets no gradient.
     ray_span        [n_rays, 2]     in
-    sample          [n_samples, 4]  in    [3] = dt
+    sample          [n_samples, 5]  in    [4] = dt
     rgb_sigma       [n_samples, 4]  in
     pixel           [n_rays, 4]     in    from composite_forward: color without background, T_end
     grad_pixel      [n_rays, 4]     in    [3] = grad_T: T_end lets the background through
@@ -997,7 +1260,7 @@ def composite_backward(n_rays: ti.i32, ray_span: i32buf, sample: f32buf, rgb_sig
             for c in ti.static(range(4)):
                 grad_rgb_sigma[4 * i + c] = 0.0
             if T >= T_STOP:
-                alpha = 1.0 - ti.exp(-rgb_sigma[4 * i + 3] * sample[4 * i + 3])
+                alpha = 1.0 - ti.exp(-rgb_sigma[4 * i + 3] * sample[5 * i + 4])
                 w = T * alpha
                 T *= 1.0 - alpha
                 gain = -pixel[4 * r + 3] * grad_pixel[4 * r + 3]
@@ -1005,15 +1268,95 @@ def composite_backward(n_rays: ti.i32, ray_span: i32buf, sample: f32buf, rgb_sig
                     behind[c] -= w * rgb_sigma[4 * i + c]
                     grad_rgb_sigma[4 * i + c] = w * grad_pixel[4 * r + c]
                     gain += (T * rgb_sigma[4 * i + c] - behind[c]) * grad_pixel[4 * r + c]
-                grad_rgb_sigma[4 * i + 3] = sample[4 * i + 3] * gain
+                grad_rgb_sigma[4 * i + 3] = sample[5 * i + 4] * gain
+
+
+# ---- Distortion loss (Barron et al. 2022, "Mip-NeRF 360", equation 15; in linear time as in Sun et al. 2022, "Improved
+# Direct Voxel Grid Optimization"): draws the light of a ray together, against fog and floaters near the camera.
+
+@ti.func
+def place_on_ray(t, dt):
+    """Position s and length ds of a sample on the ray, measured such that all of it is as long as 1: near the camera
+    almost evenly, far away in disparity. s = t / (t + RADIUS), ds = dt RADIUS / (t + RADIUS)^2."""
+    return t / (t + RADIUS), dt * RADIUS / ((t + RADIUS) * (t + RADIUS))
+
+
+@ti.kernel
+def distortion_forward(n_rays: ti.i32, ray_span: i32buf, sample: f32buf, rgb_sigma: f32buf, distortion: f32buf):
+    """How far apart the weights w_k = T_k alpha_k of a ray are (see composite_forward and place_on_ray):
+
+        D = sum_k sum_m w_k w_m |s_k - s_m| + 1/3 sum_k w_k^2 ds_k
+          = sum_k 2 w_k (s_k sum_{m<k} w_m - sum_{m<k} w_m s_m) + 1/3 w_k^2 ds_k           samples come in order
+
+    ray_span    [n_rays, 2]     in
+    sample      [n_samples, 5]  in    [3] = t, [4] = dt
+    rgb_sigma   [n_samples, 4]  in    [3] = sigma
+    distortion  [n_rays, 3]     out   D, sum_k w_k, sum_k w_k s_k
+    thread      one per ray
+    """
+    for r in range(n_rays):
+        T = 1.0
+        D, weight, moment = 0.0, 0.0, 0.0
+        first = ray_span[2 * r]
+        for i in range(first, first + ray_span[2 * r + 1]):
+            if T < T_STOP:
+                break
+            alpha = 1.0 - ti.exp(-rgb_sigma[4 * i + 3] * sample[5 * i + 4])
+            s, ds = place_on_ray(sample[5 * i + 3], sample[5 * i + 4])
+            w = T * alpha
+            D += 2.0 * w * (s * weight - moment) + w * w * ds / 3.0
+            weight += w
+            moment += w * s
+            T *= 1.0 - alpha
+        distortion[3 * r] = D
+        distortion[3 * r + 1] = weight
+        distortion[3 * r + 2] = moment
+
+
+@ti.kernel
+def distortion_backward(n_rays: ti.i32, strength: ti.f32, counter: i32buf, ray_span: i32buf, sample: f32buf,
+                        rgb_sigma: f32buf, distortion: f32buf, grad_rgb_sigma: f32buf):
+    """Gradient of L = strength / N sum_r D_r, N = counter[1], on top of that of composite_backward:
+
+        g_k = dD/dw_k = 2 sum_m w_m |s_k - s_m| + 2/3 w_k ds_k       from sums over what is before and what is behind
+        grad_sigma_k += strength / N dt_k (T_{k+1} g_k - sum_{m>k} w_m g_m)
+
+    D is of degree 2 in the weights, hence sum_m w_m g_m = 2 D, and the sum behind k is what is left of it.
+    counter         [4]             in      of the march: its rays are those that were not dropped
+    ray_span        [n_rays, 2]     in
+    sample          [n_samples, 5]  in
+    rgb_sigma       [n_samples, 4]  in
+    distortion      [n_rays, 3]     in      from distortion_forward
+    grad_rgb_sigma  [n_samples, 4]  in-out  [3]
+    thread          one per ray, which owns its samples
+    """
+    for r in range(n_rays):
+        T = 1.0
+        scale = strength / ti.max(counter[1], 1)
+        behind, weight, moment = 2.0 * distortion[3 * r], 0.0, 0.0
+        first = ray_span[2 * r]
+        for i in range(first, first + ray_span[2 * r + 1]):
+            if T < T_STOP:
+                break
+            alpha = 1.0 - ti.exp(-rgb_sigma[4 * i + 3] * sample[5 * i + 4])
+            s, ds = place_on_ray(sample[5 * i + 3], sample[5 * i + 4])
+            w = T * alpha
+            T *= 1.0 - alpha
+            # s (weight before - weight behind) - (moment before - moment behind); w itself cancels
+            g = 2.0 * (s * (2.0 * weight + w - distortion[3 * r + 1]) - (2.0 * moment + w * s - distortion[3 * r + 2]))
+            g += 2.0 / 3.0 * w * ds
+            weight += w
+            moment += w * s
+            behind -= w * g
+            grad_rgb_sigma[4 * i + 3] = grad_rgb_sigma[4 * i + 3] + scale * sample[5 * i + 4] * (T * g - behind)
 
 
 # ---- Loss and optimiser ---------------------------------------------------------------------------------------------
 
 @ti.kernel
-def loss_and_gradient(n_rays: ti.i32, random_background: ti.i32, seed: ti.i32, step: ti.i32, counter: i32buf,
-                      ray_pixel: i32buf, image: u32buf, ray_span: i32buf, pixel: f32buf, loss: f32buf,
-                      grad_pixel: f32buf):
+def loss_and_gradient(n_rays: ti.i32, random_background: ti.i32, masked: ti.i32, seed: ti.i32, step: ti.i32,
+                      counter: i32buf, ray_pixel: i32buf, image: u32buf, ray_span: i32buf, pixel: f32buf,
+                      loss: f32buf, grad_pixel: f32buf):
     """Squared error of each ray's color against its photograph, both over the same background:
 
         color  = pixel + T background            target = a image + (1 - a) background
@@ -1021,20 +1364,25 @@ def loss_and_gradient(n_rays: ti.i32, random_background: ti.i32, seed: ti.i32, s
         grad_pixel = 2/(3 N) (color - target),   grad_T = grad_pixel . background
 
     L2, since it is the error that PSNR measures. The background is a new random color per ray and step where
-    images have alpha (a wrong opacity then shows against some colors), white otherwise.
+    images have alpha (a wrong opacity then shows against some colors) and where nothing is behind the scene (what lets
+    it through is wrong), white otherwise. Where `masked`, alpha says instead which pixels count: those of 1.
     counter     [4]                  in
     ray_pixel   [n_rays]             in
-    image       [n_views * pixels]   in    one word a pixel: red in the lowest byte, then green, blue, straight alpha
+    image       [pixels of all views] in   one word a pixel: red in the lowest byte, then green, blue, straight alpha
     ray_span    [n_rays, 2]          in    [0] < 0 where the ray was dropped
     pixel       [n_rays, 4]          in    from composite_forward
-    loss        [n_rays]             out   |color - target|^2 / 3; 0 where dropped
-    grad_pixel  [n_rays, 4]          out   0 where dropped
+    loss        [n_rays]             out   |color - target|^2 / 3; 0 where dropped or masked
+    grad_pixel  [n_rays, 4]          out   0 where dropped or masked
     thread      one per ray
     """
     for r in range(n_rays):
         word = image[ray_pixel[r]]
         a = ti.cast(word >> 24, ti.f32) / 255.0
-        scale = ti.select(ray_span[2 * r] < 0, 0.0, 1.0) / (3.0 * ti.max(counter[1], 1))
+        counts = ti.select(ray_span[2 * r] < 0, 0.0, 1.0)
+        if masked == 1:
+            counts = ti.select(a < 1.0, 0.0, counts)
+            a = 1.0
+        scale = counts / (3.0 * ti.max(counter[1], 1))
         grad_T = 0.0
         total = 0.0
         for c in ti.static(range(3)):
@@ -1047,7 +1395,7 @@ def loss_and_gradient(n_rays: ti.i32, random_background: ti.i32, seed: ti.i32, s
             grad_pixel[4 * r + c] = 2.0 * scale * error
             grad_T += 2.0 * scale * error * background
         grad_pixel[4 * r + 3] = grad_T
-        loss[r] = ti.select(ray_span[2 * r] < 0, 0.0, total)
+        loss[r] = counts * total
 
 
 @ti.kernel

@@ -11,10 +11,12 @@ buffers, the list of launches (forward, backward), the training loop, rendering 
 import argparse
 import concurrent.futures
 import csv
+import importlib.util
 import json
 import math
 import os
 import platform
+import posixpath
 import re
 import shutil
 import sys
@@ -30,6 +32,8 @@ os.environ.setdefault("ENABLE_TAICHI_HEADER_PRINT", "False")
 try:
     import imageio.v3 as imageio
     import numpy as np
+    import PIL.Image                                 # comes with imageio
+    import PIL.ImageOps
     import rich.progress
     import taichi as ti
 except ModuleNotFoundError as error:
@@ -42,8 +46,7 @@ import kernels as k
 VERSION = "0.1"
 
 # Scene and model: the same on every machine
-BOX_SIDE = 3.0                  # Blender scenes live in the box of +-1.5 around the origin
-NEAR = 0.05                     # nearest sample, in world units: nothing is seen through the lens's own fog
+N_CODE = 8                      # numbers learned for each photograph of a capture
 N_LEVELS = 6                    # of the hash grid
 TABLE_BOUND = 1e-4              # initial table entries: U(+-1e-4)
 LEARNING_RATE, FINAL_RATE = 2e-2, 6e-3     # decays exponentially from the one to the other
@@ -51,6 +54,10 @@ BETA_1, BETA_2, EPSILON = 0.9, 0.99, 1e-15
 EMPTY_ALPHA = 0.01              # a cell whose steps are less opaque than this counts as empty
 DECAY = 0.2                     # of a cell's density, each time it is looked at: every few hundred steps
 MIN_LIGHT = 0.15                # samples that add less light than this per side of the box are left out
+PLACE = 1.0                     # captures: radius of the ball that is not bent, in median distances of the cameras
+NEAR = 0.1                      # captures: distance of the nearest sample in such radii
+GROWTH = 4.0                    # unbounded scenes: steps grow by GROWTH / (steps along the diagonal) of the distance
+DISTORTION = 0.001              # unbounded scenes: strength of the distortion loss
 READ_EVERY = 16                 # steps between two looks of the host at the counters
 
 # What depends on the machine. march: most samples in flight; batch: samples that a step aims to keep of them, after the
@@ -83,118 +90,303 @@ class UserError(Exception):
 
 # ---- Scenes ---------------------------------------------------------------------------------------------------------
 
-def read_image(path):
-    """An image file as straight RGBA, [height, width, 4] u8; UserError if it cannot be read."""
+# What a frame, or its file for all frames, may say of a lens, and within which bounds: instant-ngp's names
+DISTORTION = ("k1", "k2", "k3", "k4", "p1", "p2")
+INTRINSICS = {**dict.fromkeys(("fl_x", "fl_y", "w", "h"), (0, 1e6)),
+              **dict.fromkeys(("camera_angle_x", "camera_angle_y"), (0, math.pi)),
+              **dict.fromkeys(("cx", "cy") + DISTORTION, (-1e6, 1e6))}
+CAMERA_MODELS = ("OPENCV", "PINHOLE", "SIMPLE_PINHOLE", "PERSPECTIVE", "SIMPLE_RADIAL", "RADIAL", "OPENCV_FISHEYE")
+
+
+def one_line(error):
+    """What an exception says, as one line, with its type where it is not made for reading."""
+    text = " ".join(str(error).split())[:300]
+    return text if text and isinstance(error, (ValueError, OSError)) else f"{type(error).__name__} {text}".strip()
+
+
+def read_image(path, w=None, h=None):
+    """An image file as straight RGBA, [height, width, 4] u8; UserError if it cannot be read, or is no uniform resize of
+    w x h, the size that its intrinsics speak of. It is turned as its EXIF entry says only where it fits only then: the
+    reconstruction has seen it either way."""
+    def fits(width, height):                         # within one pixel
+        return w is None or h is None or abs(h * width - w * height) <= max(w, h)
     try:
-        image = np.asarray(imageio.imread(path))
-        if image.dtype == np.uint16:
-            image = (image >> 8).astype(np.uint8)
-        if image.ndim == 2:
-            image = image[..., None]
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (1, 2, 3, 4):
-            raise ValueError(f"unexpected format {image.dtype} {image.shape}")
+        with PIL.Image.open(path) as image:
+            width, height = image.size
+            if not fits(width, height):
+                if not fits(height, width) or image.getexif().get(0x0112, 1) < 5:        # 5 to 8 are quarter turns
+                    raise ValueError(f"it is {width}x{height}, its intrinsics say {w:g}x{h:g}")
+                image = PIL.ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):           # 16 bit
+                image = PIL.Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            return np.array(image.convert("RGBA"))
     except Exception as error:                       # decoders raise OSError, SyntaxError, ValueError, struct.error ...
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"cannot read the image {path}: {reason}", "is it complete? replace it or remove its frame")
-    color = image[..., :-1] if image.shape[2] in (2, 4) else image
-    alpha = image[..., -1:] if image.shape[2] in (2, 4) else np.full(image.shape[:2] + (1,), 255, np.uint8)
-    return np.concatenate([np.broadcast_to(color, image.shape[:2] + (3,)), alpha], 2)
+        raise UserError(f"cannot use the image {path}: {one_line(error)}",
+                        "is it complete? replace it or remove its frame")
 
 
 def downscale_image(rgba, factor):
     """Area mean of factor x factor pixels, colors weighted by alpha; rows and columns left over are cropped."""
     height, width = rgba.shape[0] // factor, rgba.shape[1] // factor
-    blocks = rgba[:height * factor, :width * factor].reshape(height, factor, width, factor, 4).astype(np.float32)
-    alpha = blocks[..., 3:].sum((1, 3))
-    color = (blocks[..., :3] * blocks[..., 3:]).sum((1, 3)) / np.maximum(alpha, 1)
-    return np.rint(np.concatenate([color, alpha / factor**2], 2)).astype(np.uint8)
+    total = np.zeros((height, width, 4), np.float32)
+    for y, x in np.ndindex(factor, factor):          # one pixel of each block at a time: nothing large in f32
+        part = rgba[y:height * factor:factor, x:width * factor:factor].astype(np.float32)
+        part[..., :3] *= part[..., 3:]
+        total += part
+    total[..., :3] /= np.maximum(total[..., 3:], 1)
+    total[..., 3] /= factor**2
+    return np.rint(total).astype(np.uint8)
 
 
-def load_views(folder, split, downscale=1):
-    """The views of one split ("train", "val", "test") of a scene in Blender's format.
-
-    Returns a namespace: rgba [n, height, width, 4] u8 (straight alpha), camera [n, 16] f32 (see k.generate_rays; in
-    the scene's own units), width, height, has_alpha; None if the split has no file. UserError for what is wrong.
-    """
-    path = os.path.join(folder, f"transforms_{split}.json")
-    if not os.path.exists(path):
-        return None
+def read_json(path):
+    """The contents of a JSON file; UserError."""
     try:
-        with open(path, encoding="utf-8") as file:
-            meta = json.load(file)
-        frames = meta["frames"]
-        poses = np.array([frame["transform_matrix"] for frame in frames], np.float64).reshape(len(frames), -1, 4)[:, :3]
-        names = [str(frame["file_path"]) for frame in frames]
-        angle = float(meta["camera_angle_x"])
-        if not names or poses.shape[1] != 3:
-            raise ValueError("no frames, or poses that are not 4x4")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not a transforms file: {type(error).__name__}: {error}",
-                        "it needs camera_angle_x and frames with file_path and a 4x4 transform_matrix")
-    rotation = poses[:, :, :3]
-    good = np.isfinite(poses).all((1, 2)) & (np.linalg.det(np.nan_to_num(rotation)) > 0)
-    good &= np.abs(rotation @ rotation.transpose(0, 2, 1) - np.eye(3)).max((1, 2)) < 1e-2      # NaN is not < either
-    if not good.all():
-        raise UserError(f"{path}: the pose of {names[good.argmin()]} is not finite or its 3x3 part is no rotation",
-                        "mend the pose or remove its frame")
-    if not 0 < angle < math.pi:
-        raise UserError(f"{path}: camera_angle_x = {angle} is not usable", "it is an angle in radians between 0 and pi")
+        with open(path, encoding="utf-8-sig") as file:
+            return json.load(file)
+    except (ValueError, OSError, RecursionError) as error:
+        raise UserError(f"{path} is not a JSON file: {one_line(error)}", "is the download complete?")
 
-    def find(name):
-        for ending in ("", ".png", ".jpg", ".jpeg", ".webp"):
-            candidate = os.path.join(folder, name + ending)
-            if os.path.isfile(candidate):
-                return candidate
-        raise UserError(f"no image {os.path.join(folder, name)} (nor with .png, .jpg, .webp), named in {path}",
-                        "is the download complete?")
 
-    paths = [find(name) for name in names]
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        images = list(pool.map(read_image, paths))
-    for image, name in zip(images, paths):
-        if image.shape != images[0].shape:
-            raise UserError(f"{name} is {image.shape[1]}x{image.shape[0]}, {paths[0]} is "
-                            f"{images[0].shape[1]}x{images[0].shape[0]}", "all images of a scene must have one size")
-    full_height, full_width = images[0].shape[:2]
-    if min(full_height, full_width) // downscale < 1:
-        raise UserError(f"--downscale {downscale} leaves nothing of {full_width}x{full_height} pixels", "use less")
+def parse_number(key, x, low, high):
+    """x, the JSON value of a key, as a float, or None for null; ValueError unless it is a number in (low, high)."""
+    if x is None:
+        return None
+    if isinstance(x, bool) or not isinstance(x, (int, float)) or not low < x < high:     # NaN is not < either
+        raise ValueError(f"{key} = {x!r:.40} is not usable")
+    return float(x)
+
+
+def parse_path(text):
+    """A file's name in one spelling; ValueError for what cannot be printed in a line."""
+    if not isinstance(text, str) or not text.isprintable():
+        raise ValueError(f"{text!r:.40} is not a file's name")
+    return posixpath.normpath(text.replace("\\", "/"))
+
+
+def parse_frame(meta, frame):
+    """A frame of a transforms file, with what it leaves to the file, as a namespace: name, mask (or None), pose
+    [3, 4] f64, fisheye, and a number or None for each of INTRINSICS. ValueError, KeyError, TypeError ..."""
+    values = {**meta, **frame}
+    name, model, mask = parse_path(values["file_path"]), values.get("camera_model"), values.get("mask_path")
+    pose = np.array(values["transform_matrix"], np.float64)
+    if pose.shape not in ((3, 4), (4, 4)):
+        raise ValueError(f"the transform_matrix of {name} is not 4x4")
+    if model is not None and model not in CAMERA_MODELS:
+        raise ValueError(f"camera_model {model!r:.40} is none of {', '.join(CAMERA_MODELS)}")
+    numbers = {key: parse_number(key, values.get(key), *bounds) for key, bounds in INTRINSICS.items()}
+    if not (numbers["fl_x"] or numbers["camera_angle_x"] or numbers["camera_angle_y"]):
+        raise ValueError(f"there is no camera_angle_x and no fl_x for {name}")
+    return types.SimpleNamespace(name=name, mask=None if mask is None else parse_path(mask), pose=pose[:3],
+                                 fisheye=model == "OPENCV_FISHEYE" or values.get("is_fisheye") is True, **numbers)
+
+
+def load_view(f, folder, downscale, capture):
+    """(view, problem) of a frame from parse_frame. view: a namespace of name, rgba [height, width, 4] u8, lens and
+    camera (see load_scene), or None if the frame cannot be used. problem: None, or (what it has, which it is)."""
+    rotation = f.pose[:, :3]
+    if not (np.abs(f.pose).max() < 1e9 and np.linalg.det(rotation) > 0                  # NaN is not < either
+            and np.abs(rotation @ rotation.T - np.eye(3)).max() < 1e-2):
+        return None, ("a pose that is not finite, or whose 3x3 part is no rotation", f.name)
+    paths = (os.path.join(folder, f.name + ending) for ending in ("", ".png", ".jpg", ".jpeg", ".webp"))
+    path, problem = next(filter(os.path.isfile, paths), None), None
+    if path is None:
+        return None, ("no image", f.name)
+    try:
+        rgba = read_image(path, f.w, f.h)
+    except UserError as error:
+        return None, ("no usable image", str(error))
+    height, width = rgba.shape[:2]
+    if min(height, width) < downscale:
+        raise UserError(f"--downscale {downscale} leaves nothing of {width}x{height} pixels", "use less")
+
+    if capture:                                      # pixels train, or do not
+        trains = rgba[..., 3] >= 128
+        try:
+            if f.mask is not None:
+                trains = np.stack([trains, read_image(os.path.join(folder, f.mask))[..., 0] > 0]).all(0)
+        except (UserError, ValueError):              # cannot be stacked
+            problem = ("a mask that cannot be read or has another size: it is not used", f.mask)
+        rgba[..., 3] = np.where(trains, 255, 0)
     if downscale > 1:
-        images = [downscale_image(image, downscale) for image in images]
-    rgba = np.stack(images)
-    if rgba.size // 4 >= 2**31:
-        raise UserError(f"{path} has {rgba.size // 4} pixels, more than 2^31", "use --downscale 2 or more")
+        full, rgba = rgba, downscale_image(rgba, downscale)
+        if capture:                                  # the mean of such pixels trains if all of them do
+            rows, columns = rgba.shape[0] * downscale, rgba.shape[1] * downscale
+            rgba[..., 3] = full[:rows, :columns, 3].reshape(len(rgba), downscale, -1, downscale).min((1, 3))
 
-    camera = np.zeros((len(names), 16), np.float32)
-    camera[:, :12] = poses.reshape(-1, 12)
-    camera[:, 12:14] = 0.5 * full_width / math.tan(0.5 * angle) / downscale          # square pixels
-    camera[:, 14], camera[:, 15] = 0.5 * full_width / downscale, 0.5 * full_height / downscale
-    return types.SimpleNamespace(rgba=rgba, camera=camera, width=rgba.shape[2], height=rgba.shape[1],
-                                 has_alpha=bool((rgba[..., 3] < 255).any()))
+    w, h = f.w or width, f.h or height
+    fx, fy = f.fl_x, f.fl_y
+    if fx is None:
+        fx = f.camera_angle_x and 0.5 * w / math.tan(0.5 * f.camera_angle_x)
+        fy = f.camera_angle_y and 0.5 * h / math.tan(0.5 * f.camera_angle_y)
+    cx, cy = 0.5 * w if f.cx is None else f.cx, 0.5 * h if f.cy is None else f.cy
+    pixels = np.array([fx or fy, fy or fx, cx, cy]) * (width / w / downscale)
+    camera = np.concatenate([f.pose.ravel(), pixels, [getattr(f, key) or 0.0 for key in DISTORTION]])
+    return types.SimpleNamespace(name=f.name, rgba=rgba, lens=int(f.fisheye), camera=camera), problem
 
 
-def load_scene(folder, downscale=1):
-    """(training views, held-out views, name of the held-out split) of a scene's folder; see load_views.
+def load_frames(path, meta, folder, downscale, capture):
+    """(views, lines) of a transforms file: load_view's namespaces, for a capture those that are usable, sorted by name;
+    and what was wrong with how many frames. The Blender family's frames must all be usable: UserError."""
+    try:
+        frames = [parse_frame(meta, frame) for frame in meta["frames"]]
+        if not frames:
+            raise ValueError("there are no frames")
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise UserError(f"{path} is not usable: {one_line(error)}",
+                        "it needs camera_angle_x or fl_x, and frames with file_path and a 4x4 transform_matrix")
+    wrong, n = {}, len(frames)
+    if capture:
+        unique = {frame.name: frame for frame in reversed(frames)}
+        wrong["the name of an earlier frame"] = [frame.name for frame in frames if frame is not unique[frame.name]]
+        frames = [unique[name] for name in sorted(unique)]
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        views, problems = zip(*pool.map(lambda frame: load_view(frame, folder, downscale, capture), frames))
+    for what, which in filter(None, problems):
+        wrong.setdefault(what, []).append(which)
+    lines = [f"{len(which)} of {n} frames {'has' if len(which) == 1 else 'have'} {what} (first: {which[0]})"
+             for what, which in wrong.items() if which]
+    if lines and not capture:
+        raise UserError(f"{path}: {lines[0]}", "is the download complete? mend the frame or remove it")
+    return [view for view in views if view], lines
 
-    Held out is "test", else "val"; where there is neither, every 8th training view is left out of the training.
-    """
-    if not os.path.isdir(folder):
-        raise UserError(f"no such folder: {folder}", "data/lego comes along; data/README.md lists others")
-    train = load_views(folder, "train", downscale)
-    if train is None:
-        raise UserError(f"no transforms_train.json in {folder}", "data/README.md says how a scene is laid out")
-    for split in ("test", "val"):
-        held_out = load_views(folder, split, downscale)
-        if held_out is not None:
-            return train, held_out, split
-    if len(train.rgba) < 2:
-        raise UserError(f"{folder} has a single view and no test views", "a radiance field needs several views")
-    every_8th = np.arange(len(train.rgba)) % 8 == 0
-    return select_views(train, ~every_8th), select_views(train, every_8th), "every 8th of train"
+
+def split_views(meta, views):
+    """(training views, held-out views, the name of the split) by nerfstudio's train_filenames and test_filenames or
+    val_filenames; where these hold out nothing, every 8th view is. ValueError, TypeError for what are no such lists."""
+    listed = {key: {parse_path(name) for name in meta.get(key) or ()}
+              for key in ("train_filenames", "test_filenames", "val_filenames")}
+    train = [view for view in views if view.name in listed["train_filenames"] or not listed["train_filenames"]]
+    for split in ("test_filenames", "val_filenames"):
+        test = [view for view in views if view.name in listed[split]]
+        if test:
+            return [view for view in train if view.name not in listed[split]], test, split
+    return [view for i, view in enumerate(train) if i % 8], train[::8], "every 8th of train"
+
+
+def read_placement(meta):
+    """Those of aabb_scale, scale (> 0) and offset (3 numbers) that a transforms file has. ValueError, TypeError."""
+    placement = {key: parse_number(key, meta.get(key), 0, 1e6) for key in ("aabb_scale", "scale")}
+    if meta.get("offset") is not None:
+        placement["offset"] = [parse_number("offset", x, -1e6, 1e6) for x in meta["offset"]]
+        if len(placement["offset"]) != 3 or None in placement["offset"]:
+            raise ValueError("offset is not three numbers")
+    return {key: value for key, value in placement.items() if value is not None}
+
+
+def convert_capture(folder):
+    """A folder of another format as the contents of a transforms file, by data/convert.py; UserError."""
+    path, meta = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data", "convert.py"), None
+    if os.path.exists(path):
+        spec = importlib.util.spec_from_file_location("convert", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        try:
+            meta = module.convert(folder)
+        except ValueError as error:
+            raise UserError(f"cannot convert {folder}: {one_line(error)}", "is it complete? see data/README.md")
+    if meta is None:
+        raise UserError(f"no transforms_train.json or transforms.json in {folder}, nor what data/convert.py knows",
+                        "data/README.md says how scenes are laid out")
+    return meta
+
+
+def pack_views(views, alpha):
+    """load_view's namespaces as one, see load_scene. Their rgba is taken away: never are all pixels there twice."""
+    shapes = [view.rgba.shape for view in views]
+    first = np.cumsum([0] + [height * width for height, width, _ in shapes], dtype=np.int64)
+    if first[-1] >= 2**31:
+        raise UserError(f"{len(views)} views have {first[-1]} pixels, more than 2^31", "use --downscale 2 or more")
+    size = [[at, width, height, view.lens] for at, (height, width, _), view in zip(first, shapes, views)]
+    pixels, opaque = np.empty(first[-1], np.uint32), True
+    for at, end, view in zip(first, first[1:], views):
+        pixels[at:end] = np.ascontiguousarray(view.rgba).view("<u4").ravel()
+        opaque &= bool((view.rgba[..., 3] == 255).all())
+        del view.rgba
+    return types.SimpleNamespace(pixels=pixels, size=np.array(size, np.int32), alpha="none" if opaque else alpha,
+                                 camera=np.array([view.camera for view in views], np.float32),
+                                 names=[view.name for view in views])
+
+
+def view_image(views, i):
+    """View i as straight RGBA, [height, width, 4] u8; not a copy."""
+    first, width, height, _ = views.size[i]
+    return views.pixels[first:first + width * height].view(np.uint8).reshape(height, width, 4)
 
 
 def select_views(views, mask):
-    """The views that a boolean mask [n] picks, as a namespace like load_views'."""
-    return types.SimpleNamespace(**{**vars(views), "rgba": views.rgba[mask], "camera": views.camera[mask]})
+    """The views that a boolean mask [n] picks, as a namespace like load_scene's."""
+    return pack_views([types.SimpleNamespace(name=views.names[i], rgba=view_image(views, i), lens=views.size[i, 3],
+                                             camera=views.camera[i]) for i in np.flatnonzero(mask)], views.alpha)
+
+
+def load_scene(folder, downscale=1):
+    """A scene's folder: transforms_train.json (the Blender family), transforms.json (instant-ngp, nerfstudio) or what
+    data/convert.py knows. UserError for what cannot be used. Returns a namespace:
+
+    train, test   views, each a namespace of
+        pixels    u32 [sum of width * height]: straight RGBA of 8 bits each, red in the lowest; view by view, by rows
+        size      i32 [n, 4]: first pixel, width, height, lens (0: perspective, 1: fisheye)
+        camera    f32 [n, 22]: camera-to-world matrix [3, 4], y up, z back, in the scene's own units; fx, fy, cx, cy in
+                  pixels, whose corner is at 0; OpenCV's k1, k2, k3, k4, p1, p2
+        names     n paths
+        alpha     "none": all 255; "background": it shows the background; "mask": pixels with 0 do not train, others 255
+    split         what is held out as test: "test", "val", "test_filenames", "val_filenames", "every 8th of train"
+    capture       False for the Blender family
+    placement     what the file says of aabb_scale, scale and offset, see instant-ngp
+    skipped       lines that say what was left out
+    """
+    if not os.path.isdir(folder):
+        raise UserError(f"no such folder: {folder}", "data/lego comes along; data/README.md lists others")
+    path = {split: os.path.join(folder, f"transforms_{split}.json") for split in ("train", "test", "val")}
+    capture = not os.path.exists(path["train"])
+    source = os.path.join(folder, "transforms.json") if capture else path["train"]
+    if os.path.exists(source):
+        meta = read_json(source)
+    else:
+        source, meta = folder, convert_capture(folder)
+    train, skipped = load_frames(source, meta, folder, downscale, capture)
+    split = next((split for split in ("test", "val") if os.path.exists(path[split]) and not capture), None)
+    placement = {}
+    if split:
+        test, _ = load_frames(path[split], read_json(path[split]), folder, downscale, capture)
+    else:
+        try:
+            placement = read_placement(meta) if capture else {}
+            train, test, split = split_views(meta if capture else {}, train)
+        except (ValueError, TypeError, RecursionError) as error:
+            raise UserError(f"{source} is not usable: {one_line(error)}", "mend or remove that entry")
+        if len(train) < (2 if capture else 1):       # so many or more: then there is one to test with, too
+            raise UserError(f"{source} has {len(train) + len(test)} usable views, {len(train)} of them to train on",
+                            "; ".join(skipped) or "a radiance field needs several views")
+    origin = np.array([view.camera[3:12:4] for view in train])
+    middle = origin.mean(0)
+    if capture and np.linalg.norm(origin - middle, axis=1).max() < 1e-4 * (1 + np.linalg.norm(middle)):
+        raise UserError(f"{source}: all cameras are in one place", "depth shows only from several places")
+    alpha = "mask" if capture else "background"
+    return types.SimpleNamespace(train=pack_views(train, alpha), test=pack_views(test, alpha), split=split,
+                                 capture=capture, placement=placement, skipped=skipped)
+
+
+def place_scene(scene):
+    """Where the unit cube lies in the world: a namespace with center [3] and side in world units, unbounded (1 if all
+    of space is contracted into the cube, see k.contract), near (the nearest sample, in sides of the cube).
+
+    Blender scenes have the box of +-1.5. In the other formats a placement in the file wins, by instant-ngp's rules:
+    cube = world scale + offset, and an aabb_scale of 1 says that nothing is outside. Otherwise the ball that stays
+    unbent is put around what the cameras look at, as large as they are far away.
+    """
+    if not scene.capture:
+        return types.SimpleNamespace(center=[0.0, 0.0, 0.0], side=3.0, unbounded=0, near=0.05 / 3.0)
+    given = scene.placement
+    if "scale" in given or "offset" in given or given.get("aabb_scale") == 1:
+        scale, unbounded = given.get("scale", 0.33), int(given.get("aabb_scale", 16) > 1)
+        center = [(0.5 - offset) / scale for offset in given.get("offset", (0.5, 0.5, 0.5))]
+        side = (0.5 / k.RADIUS if unbounded else 1.0) / scale        # instant-ngp's unit cube is as wide as the ball
+    else:
+        origin, center = scene.train.camera[:, 3:12:4], nearest_to_axes(scene.train.camera)
+        side = PLACE * float(np.median(np.linalg.norm(origin - center, axis=1))) / k.RADIUS
+        center, unbounded = [float(c) for c in center], 1
+    return types.SimpleNamespace(center=center, side=side, unbounded=unbounded, near=NEAR * k.RADIUS)
 
 
 def over_white(rgba):
@@ -228,24 +420,28 @@ def count_rows(n_in, n_hidden, n_out):
 class Model:
     """The field's parameters and all buffers of a step. n = march, the most samples in flight."""
 
-    def __init__(self, settings, n_levels=N_LEVELS, training=True):
-        """settings: an entry of MACHINES. A model that only renders (training=False) has no gradients."""
-        self.settings, self.n_levels = settings, n_levels
+    def __init__(self, settings, space, n_photos=0, n_levels=N_LEVELS, training=True):
+        """settings: an entry of MACHINES; space: from place_scene; n_photos: that get codes, for their differences. A
+        model that only renders (training=False) has no gradients."""
+        self.settings, self.space, self.n_photos, self.n_levels = settings, space, n_photos, n_levels
+        self.n_code = N_CODE if n_photos else 0
         n, n_rays, cells = settings["march"], settings["rays"], settings["grid"] ** 3
         layout = level_layout(settings, n_levels)
         self.n_slots = int(layout[:, 2].sum())
-        self.n_weights = k.WIDTH * sum(count_rows(*mlp) for mlp in MLPS.values())
-        self.n_rows = self.n_slots + self.n_weights // k.N_FEATURES
+        mlps = {name: (n_in + self.n_code * (name == "color"), *rest) for name, (n_in, *rest) in MLPS.items()}
+        self.n_weights = k.WIDTH * sum(count_rows(*mlp) for mlp in mlps.values())
+        self.first_code = self.n_slots * k.N_FEATURES + self.n_weights
+        self.n_rows = (self.first_code + self.n_code * (n_photos + 1)) // k.N_FEATURES     # one more: the neutral code
         self.pitch = self.n_weights + 16                         # of a row of `partial`
 
         f32, i32, u32 = ti.f32, ti.i32, ti.u32
         self.buffers = []
-        self.params = self.new(k.rowF, self.n_rows)              # the hash table's slots, then the MLPs' weights
+        self.params = self.new(k.rowF, self.n_rows)              # the hash table's slots, the MLPs' weights, the codes
         self.level = self.new(i32, layout.size)                  # [n_levels, 4]
         self.level.from_numpy(layout.ravel())
         self.occupancy = self.new(u32, cells // 2048 * 65)       # bits: see kernels.py
         first = self.n_slots * k.N_FEATURES
-        for name, (n_in, n_hidden, n_out) in MLPS.items():
+        for name, (n_in, n_hidden, n_out) in mlps.items():
             setattr(self, name, types.SimpleNamespace(
                 n_in=n_in, n_hidden=n_hidden, n_out=n_out, first=first,
                 weight=self.new(k.row64, n_in + k.WIDTH * (n_hidden - 1)),
@@ -253,6 +449,7 @@ class Model:
             first += k.WIDTH * count_rows(n_in, n_hidden, n_out)
 
         self.ray_pixel = self.new(i32, n_rays)                   # index of the pixel
+        self.ray_view = self.new(i32, n_rays)                    # and its view
         self.ray = self.new(f32, 8 * n_rays)                     # origin, t_first, direction, t_last
         self.ray_step = self.new(i32, n_rays)
         self.march_span = self.new(i32, 2 * n_rays)              # first sample, number of samples: marched
@@ -261,20 +458,22 @@ class Model:
         self.depth = self.new(f32, n_rays)
         self.block_start = self.new(i32, -(-n_rays // settings["block"]))
         self.march_counter = self.new(i32, 4)                    # see kernels.py
-        self.march_sample = self.new(f32, 4 * n)                 # position, dt
+        self.march_sample = self.new(f32, 5 * n)                 # position, t, dt
         self.march_feature = self.new(k.row64, n)                # the first n_levels * N_FEATURES entries
         self.march_sigma = self.new(f32, n)
         self.keep = self.new(i32, n)                             # 1 if the sample is kept
         self.counter = self.new(i32, 4)
-        self.sample = self.new(f32, 4 * n)
+        self.sample = self.new(f32, 5 * n)
         self.sample_ray = self.new(i32, n)
         self.feature = self.new(k.row64, n)
         self.density_hidden = self.new(k.row64, n)
         self.geometry = self.new(k.row16, n)                     # [0] becomes sigma, all of it goes to the color MLP
-        self.color_input = self.new(k.row64, n)                  # geometry, spherical harmonics: the first 32 entries
+        self.color_input = self.new(k.row64, n)                  # geometry, spherical harmonics, code
         self.color_hidden = self.new(k.row64, 2 * n)
         self.color_raw = self.new(k.row16, n)                    # 3 are used
         self.rgb_sigma = self.new(f32, 4 * n)
+        self.view_size = self.new(i32, 4)                        # of the view that is rendered
+        self.view_camera = self.new(f32, k.CAMERA)
         if not training:
             return
 
@@ -282,6 +481,7 @@ class Model:
         self.moment = self.new(k.rowF, 2 * self.n_rows)          # Adam's m, v
         self.partial = self.new(f32, -(-n // settings["chunk"]) * self.pitch)
         self.loss = self.new(f32, n_rays)
+        self.distortion = self.new(f32, 3 * n_rays)
         self.grad_pixel = self.new(f32, 4 * n_rays)
         self.grad_feature = self.new(k.row64, n)
         self.grad_density_hidden = self.new(k.row64, n)
@@ -305,7 +505,8 @@ class Model:
         return sum(4 * n * width for n, width in self.buffers) / 1e6
 
     def initialize(self, seed):
-        """Random parameters: the table U(+-1e-4), weights Glorot uniform (bound sqrt(6 / (inputs + outputs)))."""
+        """Random parameters: the table U(+-1e-4), weights Glorot uniform (bound sqrt(6 / (inputs + outputs))); codes
+        are 0 at first."""
         k.fill_uniform(self.n_slots * k.N_FEATURES, 0, TABLE_BOUND, seed, self.params)
         for mlp in (self.density, self.color):
             first = mlp.first
@@ -330,12 +531,20 @@ def scan(m, n_rays, span, counter):
     k.claim_spans(n_rays, block, m.block_start, span)
 
 
-def march(m, n_rays, limit, step_length):
+def step_size(m, n_steps):
+    """(step length, growth) for about n_steps samples along the box's diagonal: see k.step_distance."""
+    return math.sqrt(3.0) / n_steps, m.space.unbounded * GROWTH / n_steps
+
+
+def march(m, n_rays, limit, n_steps):
     """Rays to samples: at most `limit` more per ray."""
-    grid = m.settings["grid"]
-    k.count_samples(n_rays, limit, step_length, grid, m.ray, m.ray_step, m.pixel, m.occupancy, m.march_span)
+    grid, unbounded = m.settings["grid"], m.space.unbounded
+    step = step_size(m, n_steps)
+    k.count_samples(n_rays, limit, *step, unbounded, grid, m.ray, m.ray_step, m.pixel, m.occupancy, m.march_span)
     scan(m, n_rays, m.march_span, m.march_counter)
-    k.write_samples(n_rays, limit, step_length, grid, m.ray, m.ray_step, m.occupancy, m.march_span, m.march_sample)
+    k.write_samples(n_rays, limit, *step, unbounded, grid, m.ray, m.ray_step, m.occupancy, m.march_span, m.march_sample)
+    if unbounded:
+        k.contract_samples(m.march_counter, m.march_sample)
 
 
 def probe(m, counter):
@@ -345,11 +554,12 @@ def probe(m, counter):
     k.probe_density(net.n_in, counter, m.march_feature, net.weight, net.weight_t, m.march_sigma)
 
 
-def forward(m, n_rays, step_length):
-    """Marched samples to pixels: density decides which of them are kept, and only those go on."""
+def forward(m, n_rays, n_steps, first_code):
+    """Marched samples to pixels: density decides which of them are kept, and only those go on. first_code: where in
+    `params` the codes of the views begin."""
     probe(m, m.march_counter)
-    k.mark_visible_samples(n_rays, MIN_LIGHT * step_length, m.march_span, m.march_sample, m.march_sigma, m.pixel,
-                           m.keep, m.ray_span)
+    k.mark_visible_samples(n_rays, MIN_LIGHT * step_size(m, n_steps)[0], m.march_span, m.march_sample, m.march_sigma,
+                           m.pixel, m.keep, m.ray_span)
     scan(m, n_rays, m.ray_span, m.counter)
     k.keep_visible_samples(n_rays, m.march_span, m.march_sample, m.march_feature, m.keep, m.ray_span, m.sample,
                            m.feature, m.sample_ray)
@@ -360,23 +570,26 @@ def forward(m, n_rays, step_length):
     k.density_head_forward(counter, m.geometry, m.rgb_sigma)
 
     net = m.color
-    k.color_input_forward(counter, m.geometry, m.sample_ray, m.ray, m.color_input)
+    k.color_input_forward(m.n_code, first_code, counter, m.geometry, m.sample_ray, m.ray, m.ray_view, m.params,
+                          m.color_input)
     k.mlp_forward(net.n_in, net.n_hidden, capacity, counter, m.color_input, net.weight, net.weight_out, m.color_hidden,
                   m.color_raw)
     k.color_head_forward(counter, m.color_raw, m.rgb_sigma)
 
-    k.composite_forward(n_rays, m.ray, m.ray_span, m.sample, m.rgb_sigma, m.pixel, m.depth)
+    k.composite_forward(n_rays, m.ray_span, m.sample, m.rgb_sigma, m.pixel, m.depth)
 
 
 def backward(m, n_rays):
     """Mirror of forward() for the samples that were kept, bottom to top: from grad_pixel to grad_params."""
     counter, capacity, chunk, pitch = m.counter, m.settings["march"], m.settings["chunk"], m.pitch
     k.composite_backward(n_rays, m.ray_span, m.sample, m.rgb_sigma, m.pixel, m.grad_pixel, m.grad_rgb_sigma)
+    if m.space.unbounded:
+        k.distortion_forward(n_rays, m.ray_span, m.sample, m.rgb_sigma, m.distortion)
+        k.distortion_backward(n_rays, DISTORTION, m.march_counter, m.ray_span, m.sample, m.rgb_sigma, m.distortion,
+                              m.grad_rgb_sigma)
+    color_backward(m, m.first_code)
 
     net = m.color
-    k.color_head_backward(counter, m.rgb_sigma, m.grad_rgb_sigma, m.grad_color_raw)
-    k.mlp_backward_input(net.n_hidden, net.n_out, capacity, counter, m.color_hidden, net.weight_t, m.grad_color_raw,
-                         m.grad_color_hidden, m.grad_color_input)
     k.mlp_backward_weight(net.n_in, net.n_hidden, net.n_out, capacity, chunk, pitch, net.first - m.density.first,
                           counter, m.color_input, m.color_hidden, m.grad_color_hidden, m.grad_color_raw, m.partial)
 
@@ -386,10 +599,21 @@ def backward(m, n_rays):
                          m.grad_density_hidden, m.grad_feature)
     k.mlp_backward_weight(net.n_in, net.n_hidden, net.n_out, capacity, chunk, pitch, 0, counter, m.feature,
                           m.density_hidden, m.grad_density_hidden, m.grad_geometry, m.partial)
-    n_chunks = max(512, -(-capacity // m.settings["hash_chunk"]))     # a CPU takes 512 turns of a loop as one task
-    k.hash_encode_backward(m.n_levels, n_chunks, m.settings["hash_chunk"], counter, m.level, m.sample, m.grad_feature,
-                           m.grad_params)
+    add_chunk = m.settings["hash_chunk"]
+    n_chunks = max(512, -(-capacity // add_chunk))                    # a CPU takes 512 turns of a loop as one task
+    k.hash_encode_backward(m.n_levels, n_chunks, add_chunk, counter, m.level, m.sample, m.grad_feature, m.grad_params)
     k.sum_partials(m.n_weights, chunk, pitch, m.density.first, counter, m.partial, m.grad_params)
+
+
+def color_backward(m, first_code):
+    """The part of backward() that ends in the views' codes: from grad_rgb_sigma to grad_color_input."""
+    net, counter, capacity, chunk = m.color, m.counter, m.settings["march"], m.settings["hash_chunk"]
+    k.color_head_backward(counter, m.rgb_sigma, m.grad_rgb_sigma, m.grad_color_raw)
+    k.mlp_backward_input(net.n_hidden, net.n_out, capacity, counter, m.color_hidden, net.weight_t, m.grad_color_raw,
+                         m.grad_color_hidden, m.grad_color_input)
+    if m.n_code:
+        k.code_backward(m.n_code, first_code, -(-capacity // chunk), chunk, counter, m.sample_ray, m.ray_view,
+                        m.grad_color_input, m.grad_params)
 
 
 def adam(m, step, learning_rate):
@@ -402,9 +626,10 @@ def adam(m, step, learning_rate):
 def update_occupancy(m, n_cells, first, seed, step):
     """Look at n_cells cells of the occupancy grid anew, from the `first` of the scattered walk on."""
     grid = m.settings["grid"]
-    k.place_cell_samples(n_cells, first, grid, seed, step, m.march_sample, m.cell_counter)
+    k.place_cell_samples(n_cells, first, grid, *step_size(m, m.settings["train_steps"]), seed, step, m.march_sample,
+                         m.cell_counter)
     probe(m, m.cell_counter)
-    k.update_density_grid(n_cells, first, grid, DECAY, m.march_sigma, m.density_grid)
+    k.update_density_grid(n_cells, first, grid, DECAY, m.march_sample, m.march_sigma, m.density_grid)
     pack_occupancy(m)
 
 
@@ -412,41 +637,46 @@ def pack_occupancy(m):
     """Densities of cells to bits, for marching."""
     grid = m.settings["grid"]
     k.sum_density_grid(grid**3, 1024, m.density_grid, m.block_density)
-    k.find_threshold(grid**3 // 1024, EMPTY_ALPHA * m.settings["train_steps"] / math.sqrt(3.0), m.block_density,
-                     m.threshold)
+    k.find_threshold(grid**3 // 1024, EMPTY_ALPHA, m.block_density, m.threshold)
     k.pack_occupancy(grid**3 // 32, m.density_grid, m.threshold, m.occupancy)
     k.pack_blocks(grid, m.occupancy)
 
 
+def compare(m, n_rays, views, seed, step, first_code):
+    """Forward for the rays of a training step, their loss, and its gradient in their colors."""
+    space, n_steps = m.space, m.settings["train_steps"]
+    k.generate_rays(n_rays, space.unbounded, space.near, step_size(m, n_steps)[0], 1, seed, step, m.ray_pixel,
+                    m.ray_view, views.size, views.camera, m.ray, m.ray_step, m.pixel, m.depth)
+    march(m, n_rays, k.END, n_steps)
+    forward(m, n_rays, n_steps, first_code)
+    random_background = int(space.unbounded or views.alpha == "background")
+    k.loss_and_gradient(n_rays, random_background, int(views.alpha == "mask"), seed, step, m.march_counter,
+                        m.ray_pixel, views.pixels, m.march_span, m.pixel, m.loss, m.grad_pixel)
+
+
 def train_step(m, n_rays, views, seed, step, learning_rate):
     """One step on n_rays random pixels of `views` (a namespace made by upload_views). Nothing is read back."""
-    step_length = math.sqrt(3.0) / m.settings["train_steps"]
-    k.pick_pixels(n_rays, views.n, views.width * views.height, seed, step, m.ray_pixel)
-    k.generate_rays(n_rays, views.width, views.height, NEAR / BOX_SIDE, step_length, 1, seed, step, m.ray_pixel,
-                    views.camera, m.ray, m.ray_step, m.pixel, m.depth)
-    march(m, n_rays, k.END, step_length)
-    forward(m, n_rays, step_length)
-    k.loss_and_gradient(n_rays, int(views.has_alpha), seed, step, m.march_counter, m.ray_pixel, views.image,
-                        m.march_span, m.pixel, m.loss, m.grad_pixel)
+    k.pick_pixels(n_rays, views.n, seed, step, views.size, m.ray_pixel, m.ray_view)
+    compare(m, n_rays, views, seed, step, m.first_code)
     backward(m, n_rays)
     adam(m, step + 1, learning_rate)
 
 
-def to_cube(camera):
-    """Cameras [n, 16] in world units as cameras of the unit cube: the scene's box, shifted and scaled."""
+def to_cube(camera, space):
+    """Cameras [n, 22] in world units as cameras of the unit cube: the scene's box, shifted and scaled."""
     camera = camera.copy()
-    camera[:, 3:12:4] = camera[:, 3:12:4] / BOX_SIDE + 0.5
+    camera[:, 3:12:4] = (camera[:, 3:12:4] - space.center) / space.side + 0.5
     return camera
 
 
 def upload_views(m, views):
-    """Training views on the device: image [n * height * width] u32, camera [n, 16] f32 in the unit cube."""
-    words = np.ascontiguousarray(views.rgba).view("<u4").ravel()
-    image, camera = m.new(ti.u32, words.size), m.new(ti.f32, views.camera.size)
-    image.from_numpy(words)
-    camera.from_numpy(to_cube(views.camera).ravel())
-    return types.SimpleNamespace(image=image, camera=camera, n=len(views.rgba), width=views.width, height=views.height,
-                                 has_alpha=views.has_alpha)
+    """Views (see load_scene) on the device: pixels u32, size [n, 4] i32, camera [n, 22] f32 in the unit cube."""
+    pixels, size = m.new(ti.u32, views.pixels.size), m.new(ti.i32, views.size.size)
+    camera = m.new(ti.f32, views.camera.size)
+    pixels.from_numpy(views.pixels)
+    size.from_numpy(views.size.ravel())
+    camera.from_numpy(to_cube(views.camera, m.space).ravel())
+    return types.SimpleNamespace(pixels=pixels, size=size, camera=camera, n=len(views.size), alpha=views.alpha)
 
 
 # ---- Training and rendering -----------------------------------------------------------------------------------------
@@ -469,7 +699,9 @@ def train(m, views, seed, steps=None, seconds=None, report=lambda **line: None):
     m.initialize(seed)
     train_step(m, 0, views, seed, 0, 0.0)
     update_occupancy(m, 0, 0, seed, 0)
-    k.mark_visible_cells(grid, views.n, views.width, views.height, NEAR / BOX_SIDE, views.camera, m.density_grid)
+    view_bound = m.new(ti.f32, 4 * views.n)
+    k.bound_views(views.n, views.size, views.camera, view_bound)
+    k.mark_visible_cells(grid, m.space.unbounded, views.n, m.space.near, views.camera, view_bound, m.density_grid)
     pack_occupancy(m)                                            # every cell that a camera sees may hold something
     ti.sync()
     total = dict(steps=0, train_seconds=0.0, compile_seconds=time.perf_counter() - start, samples=0, rays=0,
@@ -503,47 +735,51 @@ def train(m, views, seed, steps=None, seconds=None, report=lambda **line: None):
             share = 0.95 * min(batch / max(samples, 1), m.settings["march"] / max(marched, 1))
             n_rays = int(min(max(share * (rays_since - dropped), m.settings["block"]), m.settings["rays"]))
             seen, rays_since = totals, 0
+    if m.n_code:
+        k.mean_code(m.n_photos, m.n_code, m.first_code, m.params)
     ti.sync()
     total["steps"], total["train_seconds"] = step, time.perf_counter() - start
     return total
 
 
-def render_view(m, camera, width, height):
+def render_view(m, camera, width, height, lens=0):
     """Render one view: (rgb [height, width, 3] over white, depth [height, width] in world units, inf where empty).
 
-    camera [16] in world units, see k.generate_rays. The image is rendered in tiles of as many rays as there are
-    buffers for, and a tile in waves: each takes the rays that light still gets through a few samples further.
+    camera [22] in world units, see k.generate_rays; lens 0 or 1, see k.lens_direction. The image is rendered in tiles
+    of as many rays as there are buffers for, and a tile in waves: each takes the rays that light still gets through a
+    few samples further.
     """
-    step_length = math.sqrt(3.0) / m.settings["render_steps"]
+    n_steps, space = m.settings["render_steps"], m.space
     n_pixels, tile = width * height, min(m.settings["rays"], m.settings["march"] // 8)
     rgb, depth = np.empty((n_pixels, 3), np.float32), np.empty(n_pixels, np.float32)
-    if not hasattr(m, "view_camera"):
-        m.view_camera = m.new(ti.f32, 16)
-    m.view_camera.from_numpy(to_cube(camera[None]).ravel())
+    m.view_camera.from_numpy(to_cube(camera[None], space).ravel())
+    m.view_size.from_numpy(np.array([0, width, height, lens], np.int32))
+    neutral = m.first_code + m.n_photos * m.n_code
     for first in range(0, n_pixels, tile):
         n_rays = min(tile, n_pixels - first)
-        k.list_pixels(n_rays, first, m.ray_pixel)
-        k.generate_rays(n_rays, width, height, NEAR / BOX_SIDE, step_length, 0, 0, 0, m.ray_pixel, m.view_camera, m.ray,
-                        m.ray_step, m.pixel, m.depth)
+        k.list_pixels(n_rays, first, m.ray_pixel, m.ray_view)
+        k.generate_rays(n_rays, space.unbounded, space.near, step_size(m, n_steps)[0], 0, 0, 0, m.ray_pixel, m.ray_view,
+                        m.view_size, m.view_camera, m.ray, m.ray_step, m.pixel, m.depth)
         limit = 8
         while True:
-            march(m, n_rays, limit, step_length)
+            march(m, n_rays, limit, n_steps)
             n_samples, n_kept = m.march_counter.to_numpy()[:2]
             if n_samples == 0 and n_kept == n_rays:
                 break
-            forward(m, n_rays, step_length)
+            forward(m, n_rays, n_steps, neutral)
             limit = min(2 * limit, m.settings["march"] // m.settings["block"])
         pixel = m.pixel.to_numpy()[:4 * n_rays].reshape(n_rays, 4)
         rgb[first:first + n_rays] = pixel[:, :3] + pixel[:, 3:]
         opacity = 1.0 - pixel[:, 3]
         depth[first:first + n_rays] = np.where(opacity > 0.5, m.depth.to_numpy()[:n_rays] / np.maximum(opacity, 0.5),
-                                               np.inf) * BOX_SIDE
+                                               np.inf) * space.side
     return rgb.reshape(height, width, 3), depth.reshape(height, width)
 
 
-def psnr(image, truth):
-    """Peak signal-to-noise ratio in dB of rgb images in [0, 1]; the image is clipped."""
-    return float(-10.0 * np.log10(np.maximum(np.mean((np.clip(image, 0, 1) - truth) ** 2), 1e-10)))
+def psnr(image, truth, counts=True):
+    """Peak signal-to-noise ratio in dB of rgb images in [0, 1]; the image is clipped. counts: which pixels do."""
+    square = (np.clip(image, 0, 1) - truth) ** 2
+    return float(-10.0 * np.log10(np.maximum(np.mean(square, where=counts), 1e-10)))
 
 
 def ssim(image, truth):
@@ -564,25 +800,51 @@ def ssim(image, truth):
 
 
 def evaluate(m, views, each=lambda i, rgb, depth, truth: None):
-    """Render every view and compare: psnr, ssim, psnr_per_view, render_seconds_per_view; `each` gets every picture."""
+    """Render every view and compare: psnr, ssim, psnr_per_view, render_seconds_per_view; `each` gets every picture.
+    Pixels that a mask leaves out do not count; of SSIM's image they are those of the truth."""
     psnrs, ssims, seconds = [], [], 0.0
-    for i in range(len(views.rgba)):
+    for i, (_, width, height, lens) in enumerate(views.size):
         start = time.perf_counter()
-        rgb, depth = render_view(m, views.camera[i], views.width, views.height)
+        rgb, depth = render_view(m, views.camera[i], width, height, lens)
         seconds += time.perf_counter() - start
-        truth = over_white(views.rgba[i])
-        psnrs.append(psnr(rgb, truth))
-        ssims.append(ssim(rgb, truth) if min(views.width, views.height) >= 11 else float("nan"))
+        rgba = view_image(views, i)
+        truth, counts = over_white(rgba), (rgba[..., 3:] == 255) | (views.alpha != "mask")
+        psnrs.append(psnr(rgb, truth, counts))
+        ssims.append(ssim(np.where(counts, rgb, truth), truth) if min(width, height) >= 11 else float("nan"))
         each(i, rgb, depth, truth)
     return dict(psnr=float(np.mean(psnrs)), ssim=float(np.mean(ssims)), psnr_per_view=psnrs,
                 render_seconds_per_view=seconds / len(psnrs))
+
+
+def evaluate_fitted(m, views, n_steps=50, n_rays=2048):
+    """PSNR of the right half of each view when its code has been learned from its left half, everything else as it is
+    (NeRF in the Wild, section 5): what is left is not exposure or white balance. The mean over the views."""
+    neutral, psnrs, rng = m.first_code + m.n_photos * m.n_code, [], np.random.default_rng(0)
+    ray_pixel = np.zeros(m.settings["rays"], np.int32)
+    for i, (_, width, height, lens) in enumerate(views.size):
+        view = select_views(views, np.arange(len(views.size)) == i)
+        on_device, n = upload_views(m, view), min(n_rays, m.settings["rays"])
+        m.moment.fill(0.0)
+        for step in range(n_steps):
+            k.list_pixels(n, 0, m.ray_pixel, m.ray_view)
+            ray_pixel[:n] = rng.integers(0, height, n) * width + rng.integers(0, max(width // 2, 1), n)
+            m.ray_pixel.from_numpy(ray_pixel)
+            compare(m, n, on_device, 0, step, neutral)
+            k.composite_backward(n, m.ray_span, m.sample, m.rgb_sigma, m.pixel, m.grad_pixel, m.grad_rgb_sigma)
+            color_backward(m, neutral)
+            adam(m, step + 1, LEARNING_RATE)
+        rgb, _ = render_view(m, views.camera[i], width, height, lens)
+        rgba, right = view_image(views, i), np.arange(width)[:, None] >= width // 2
+        psnrs.append(psnr(rgb, over_white(rgba), right & ((rgba[..., 3:] == 255) | (views.alpha != "mask"))))
+        k.mean_code(m.n_photos, m.n_code, m.first_code, m.params)
+    return float(np.mean(psnrs))
 
 
 # ---- Files: the model, pictures, the video --------------------------------------------------------------------------
 
 def save_model(path, m, info, cameras):
     """Write all that rendering needs to an .npz: params, occupancy, info (a dict, as JSON) and cameras (a dict
-    of arrays [n, 16] in world units, stored as camera_<name>). Written beside and then moved, so never half there."""
+    of arrays [n, 22] in world units, stored as camera_<name>). Written beside and then moved, so never half there."""
     arrays = dict(params=m.params.to_numpy(), occupancy=m.occupancy.to_numpy(),
                   info=np.array(json.dumps(info)), **{f"camera_{name}": camera for name, camera in cameras.items()})
     with open(path + ".part", "wb") as file:
@@ -590,7 +852,7 @@ def save_model(path, m, info, cameras):
     os.replace(path + ".part", path)
 
 
-def load_model(folder, machine):
+def load_model(folder, machine, training=False):
     """The model of a run folder, ready to render on this machine ("cpu" or "gpu"): (Model, info, cameras)."""
     path = os.path.join(folder, "model.npz")
     if not os.path.exists(path):
@@ -600,7 +862,7 @@ def load_model(folder, machine):
             arrays = {name: file[name] for name in file.files}
         info = json.loads(str(arrays["info"]))
         settings = {**MACHINES[machine], **info["settings"]}
-        m = Model(settings, info["n_levels"], training=False)
+        m = Model(settings, types.SimpleNamespace(**info["space"]), info["n_photos"], info["n_levels"], training)
         for name in ("params", "occupancy"):
             getattr(m, name).from_numpy(arrays[name])
     except Exception as error:                       # zip, JSON and NumPy each have errors of their own
@@ -624,20 +886,27 @@ def depth_image(depth):
     return to_bytes(np.where(seen, grey, 0.0))
 
 
-def orbit_cameras(cameras, n_frames):
-    """A closed path [n_frames, 16] fitted to the training cameras [n, 16], in world units.
+def nearest_to_axes(cameras):
+    """The point [3] nearest to the optical axes of cameras [n, 22]: what they look at."""
+    pose = cameras[:, :12].reshape(-1, 3, 4).astype(np.float64)
+    origin, forward = pose[:, :, 3], -pose[:, :, 2]
+    # sum_n (I - f f^T) (x - origin_n) = 0. A little of the identity keeps it solvable when all axes are parallel.
+    across = np.eye(3) - forward[:, :, None] * forward[:, None, :]
+    return np.linalg.solve(across.sum(0) + 1e-6 * np.eye(3), (across @ origin[:, :, None]).sum(0)[:, 0]
+                           + 1e-6 * (origin.mean(0) + forward.mean(0)))
 
-    Where they surround a subject, a circle around it at their mean distance and height; where they face it from one
-    side, an ellipse as wide as they are spread, in the plane in which they lie. Every frame looks at the point that
-    is nearest to all their optical axes.
+
+def orbit_cameras(cameras, n_frames):
+    """A closed path [n_frames, 22] fitted to the training cameras [n, 22], in world units; without distortion.
+
+    Where they surround a subject, a circle around it at their mean distance and height, or, where they leave out a
+    quarter of it and more, back and forth over the rest; where they face it from one side, an ellipse as wide as they
+    are spread, in the plane in which they lie. Every frame looks at the point that is nearest to all their optical
+    axes.
     """
     pose = cameras[:, :12].reshape(-1, 3, 4).astype(np.float64)
     origin, forward, up = pose[:, :, 3], -pose[:, :, 2], pose[:, :, 1].mean(0)
-    # Nearest point to the axes: sum_n (I - f f^T) (x - origin_n) = 0. A little of the identity keeps it solvable when
-    # all axes are parallel.
-    across = np.eye(3) - forward[:, :, None] * forward[:, None, :]
-    target = np.linalg.solve(across.sum(0) + 1e-6 * np.eye(3), (across @ origin[:, :, None]).sum(0)[:, 0]
-                             + 1e-6 * (origin.mean(0) + forward.mean(0)))
+    target = nearest_to_axes(cameras)
     up /= np.linalg.norm(up)
     right = np.cross(forward.mean(0), up)
     if np.linalg.norm(right) < 1e-6:
@@ -651,9 +920,15 @@ def orbit_cameras(cameras, n_frames):
     else:
         height = ((origin - target) @ up).mean()
         radius = math.sqrt(max(((origin - target) ** 2).sum(1).mean() - height**2, 1e-6))
-        place = target + height * up + radius * (np.cos(turn) * right + np.sin(turn) * np.cross(up, right))
+        other = np.cross(up, right)
+        angle = np.sort(np.arctan2((origin - target) @ other, (origin - target) @ right))
+        gap = np.diff(np.append(angle, angle[0] + 2.0 * np.pi))
+        if gap.max() > 0.5 * np.pi:
+            turn = angle[gap.argmax()] + 0.5 * gap.max() + np.pi + (np.pi - 0.5 * gap.max()) * np.sin(turn)
+        place = target + height * up + radius * (np.cos(turn) * right + np.sin(turn) * other)
 
     path = np.repeat(cameras[:1], n_frames, 0)
+    path[:, 16:] = 0.0
     for at, camera in zip(place, path):
         back = (at - target) / np.linalg.norm(at - target)
         side = np.cross(up, back)
@@ -663,7 +938,7 @@ def orbit_cameras(cameras, n_frames):
 
 
 def resize_camera(camera, old_size, new_size):
-    """Camera [16] for another image size (width, height): the same field of view across."""
+    """Camera [22] for another image size (width, height): the same field of view across."""
     camera, scale = camera.copy(), new_size[0] / old_size[0]
     camera[12:16] *= scale
     camera[15] += 0.5 * (new_size[1] - scale * old_size[1])
@@ -793,9 +1068,16 @@ def command_train(args):
     """tinynerf.py train: from a scene's folder to a run folder."""
     out = run_folder(args.out, args.scene, args.overwrite)
     start = time.perf_counter()
-    train_views, test_views, split = load_scene(args.scene, args.downscale)
-    print(f"{args.scene}: {len(train_views.rgba)} training views, {len(test_views.rgba)} held out ({split}), "
-          f"{train_views.width}x{train_views.height}, read in {time.perf_counter() - start:.1f} s")
+    scene = load_scene(args.scene, args.downscale)
+    space, (_, width, height, _) = place_scene(scene), scene.train.size[0]
+    for line in scene.skipped:
+        print(f"{args.scene}: {line}")
+    print(f"{args.scene}: {len(scene.train.size)} training views, {len(scene.test.size)} held out ({scene.split}), "
+          f"{width}x{height}, read in {time.perf_counter() - start:.1f} s")
+    x, y, z = space.center
+    print(f"placed around ({x:.3g}, {y:.3g}, {z:.3g}): " + (
+        f"a ball of radius {space.side * k.RADIUS:.3g}, and contracted what is beyond" if space.unbounded else
+        f"a box with sides of {space.side:.3g}"))
     arch, device = start_taichi(args.arch)
     machine = "cpu" if arch == "cpu" else "gpu"
     settings = MACHINES[machine]
@@ -803,8 +1085,8 @@ def command_train(args):
     steps, seconds = args.steps, args.seconds
     if steps is None and seconds is None:
         steps, seconds = settings.get("steps"), settings.get("seconds")
-    m = Model(settings)
-    views = upload_views(m, train_views)
+    m = Model(settings, space, len(scene.train.size) if scene.capture else 0)
+    views = upload_views(m, scene.train)
     try:
         os.makedirs(out, exist_ok=True)
         log_file = open(os.path.join(out, "log.csv"), "w", newline="", encoding="utf-8")
@@ -827,17 +1109,18 @@ def command_train(args):
         total = train(m, views, args.seed, steps, seconds, report)
 
     info = dict(version=VERSION, scene=os.path.abspath(args.scene), downscale=args.downscale, n_levels=m.n_levels,
-                width=train_views.width, height=train_views.height, split=split,
+                n_photos=m.n_photos, space=vars(space), width=int(width), height=int(height), split=scene.split,
                 settings={name: settings[name] for name in STORED})
-    save_model(os.path.join(out, "model.npz"), m, info, dict(train=train_views.camera, test=test_views.camera))
+    cameras = dict(train=scene.train.camera, test=scene.test.camera, test_size=scene.test.size)
+    save_model(os.path.join(out, "model.npz"), m, info, cameras)
 
-    metrics = measure(m, test_views, out)
-    metrics.update(split=split, steps=total["steps"], train_seconds=total["train_seconds"],
+    metrics = measure(m, scene.test, out)
+    metrics.update(split=scene.split, steps=total["steps"], train_seconds=total["train_seconds"],
                    compile_seconds=total["compile_seconds"],
                    samples_per_second=total["samples"] / total["train_seconds"],
                    rays_per_second=total["rays"] / total["train_seconds"], rays_dropped=total["rays_dropped"])
-    path = orbit_cameras(train_views.camera, settings["frames"])
-    write_frames(os.path.join(out, "orbit.mp4"), (to_bytes(render_view(m, camera, views.width, views.height)[0])
+    path = orbit_cameras(scene.train.camera, settings["frames"])
+    write_frames(os.path.join(out, "orbit.mp4"), (to_bytes(render_view(m, camera, width, height)[0])
                                                   for camera in path), len(path))
     metrics.update(buffer_mb=m.buffer_mb(), peak_memory_mb=peak_memory_mb(), arch=arch, device=device, seed=args.seed,
                    taichi=".".join(map(str, ti.__version__)), version=VERSION)
@@ -846,7 +1129,7 @@ def command_train(args):
     print(f"| scene | PSNR | SSIM | views | size | steps | train s | compile s | M samples/s | s per view | machine |\n"
           f"|---|---|---|---|---|---|---|---|---|---|---|\n"
           f"| {os.path.basename(os.path.abspath(args.scene))} | {metrics['psnr']:.2f} dB | {metrics['ssim']:.4f} "
-          f"| {metrics['n_views']} {split}, white | {views.width}x{views.height} | {total['steps']} "
+          f"| {metrics['n_views']} {scene.split}, white | {width}x{height} | {total['steps']} "
           f"| {total['train_seconds']:.1f} | {total['compile_seconds']:.1f} "
           f"| {metrics['samples_per_second'] / 1e6:.2f} | {metrics['render_seconds_per_view']:.2f} "
           f"| {arch}, {device} |")
@@ -857,7 +1140,7 @@ def command_train(args):
 def measure(m, views, out=None):
     """Evaluate the held-out views into the metrics that train and eval share; with `out`, leave the pictures there:
     test/*.png, compare.png (truth | render | error, three views) and depth.png."""
-    n = len(views.rgba)
+    n = len(views.size)
     rows, shown = [], {0, n // 3, 2 * n // 3}
     with progress_bar("test  ") as bar:
         task = bar.add_task("test", total=n, note="")
@@ -865,7 +1148,7 @@ def measure(m, views, out=None):
         def each(i, rgb, depth, truth):
             if out is not None:
                 imageio.imwrite(os.path.join(out, "test", f"{i:03d}.png"), to_bytes(rgb))
-                if i in shown:
+                if i in shown and tuple(views.size[i, 1:3]) == tuple(views.size[0, 1:3]):
                     rows.append(np.concatenate([truth, np.clip(rgb, 0, 1), np.abs(np.clip(rgb, 0, 1) - truth)], 1))
                 if i == 0:
                     imageio.imwrite(os.path.join(out, "depth.png"), depth_image(depth))
@@ -875,9 +1158,11 @@ def measure(m, views, out=None):
             shutil.rmtree(os.path.join(out, "test"), ignore_errors=True)     # of a run that this one overwrites
             os.makedirs(os.path.join(out, "test"))
         metrics = evaluate(m, views, each)
+        if m.n_code:
+            metrics["psnr_fitted"] = evaluate_fitted(m, views)
     if out is not None:
         imageio.imwrite(os.path.join(out, "compare.png"), to_bytes(np.concatenate(rows)))
-    return dict(metrics, n_views=n, image_size=[views.width, views.height], background="white")
+    return dict(metrics, n_views=n, image_size=views.size[0, 1:3].tolist(), background="white")
 
 
 def command_render(args):
@@ -899,11 +1184,12 @@ def command_render(args):
 def command_eval(args):
     """tinynerf.py eval: measure a run folder's model on the held-out views again; changes nothing."""
     arch, device = start_taichi(args.arch)
-    m, info, _ = load_model(args.run, "cpu" if arch == "cpu" else "gpu")
-    _, views, split = load_scene(args.scene or info["scene"], info["downscale"])
-    metrics = measure(m, views)
-    print(f"{metrics['psnr']:.2f} dB, SSIM {metrics['ssim']:.4f} on {metrics['n_views']} views ({split}, white "
-          f"background, {views.width}x{views.height}), {metrics['render_seconds_per_view']:.2f} s a view "
+    m, info, _ = load_model(args.run, "cpu" if arch == "cpu" else "gpu", training=True)
+    scene = load_scene(args.scene or info["scene"], info["downscale"])
+    metrics = measure(m, scene.test)
+    width, height = metrics["image_size"]
+    print(f"{metrics['psnr']:.2f} dB, SSIM {metrics['ssim']:.4f} on {metrics['n_views']} views ({scene.split}, white "
+          f"background, {width}x{height}), {metrics['render_seconds_per_view']:.2f} s a view "
           f"on {arch} ({device})")
 
 
@@ -937,7 +1223,7 @@ def measure_floors(m):
 def step_work(m, rays, marched, kept):
     """What a training step asks of each kernel: {name: (floor, amount)}, FLOPs of products or bytes that must be read
     and written at least. Marching and random numbers are counted by their bytes, although they mostly compute."""
-    forward = sum(2 * k.WIDTH * count_rows(*mlp) for mlp in MLPS.values())       # FLOPs per sample
+    forward = sum(2 * k.WIDTH * count_rows(net.n_in, net.n_hidden, net.n_out) for net in (m.density, m.color))
     corners = 8 * m.n_levels * 4 * k.N_FEATURES                                  # bytes of table per sample
     return dict(
         pick_pixels=("copy", 4 * rays), generate_rays=("copy", 60 * rays), count_samples=("copy", 44 * rays),
@@ -959,11 +1245,11 @@ def step_work(m, rays, marched, kept):
 
 def command_bench(args):
     """tinynerf.py bench: train for a while, then time every kernel of a step against what the machine can do."""
-    views, held_out, _ = load_scene(args.scene, args.downscale)
+    scene = load_scene(args.scene, args.downscale)
     arch, device = start_taichi(args.arch)
     settings = MACHINES["cpu" if arch == "cpu" else "gpu"]
-    m, line, refresh = Model(settings), {}, settings["refresh"]
-    on_device = upload_views(m, views)
+    m = Model(settings, place_scene(scene), len(scene.train.size) if scene.capture else 0)
+    on_device, line, refresh = upload_views(m, scene.train), {}, settings["refresh"]
     train(m, on_device, 0, steps=args.steps, report=lambda **now: line.update(now))
     rays = line["n_rays"]
 
@@ -1014,9 +1300,10 @@ def command_bench(args):
           f"update of the occupancy grid {1e3 * update_seconds:.1f} ms, every {refresh} steps\n"
           f"{rays / whole / 1e6:.3f} M rays/s, {marched / whole / 1e6:.2f} M samples/s marched, "
           f"{kept / whole / 1e6:.2f} M samples/s forward and backward")
-    times = [median_seconds(lambda: render_view(m, camera, views.width, views.height), 3)
-             for camera in held_out.camera[::max(1, len(held_out.camera) // 5)][:5]]
-    print(f"a {views.width}x{views.height} view {np.median(times):.3f} s (median of {len(times)})")
+    _, width, height, lens = scene.test.size[0]
+    times = [median_seconds(lambda: render_view(m, camera, width, height, lens), 3)
+             for camera in scene.test.camera[::max(1, len(scene.test.camera) // 5)][:5]]
+    print(f"a {width}x{height} view {np.median(times):.3f} s (median of {len(times)})")
 
 
 def parse_args(argv):
