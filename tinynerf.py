@@ -11,10 +11,12 @@ buffers, the list of launches (forward, backward), the training loop, rendering 
 import argparse
 import concurrent.futures
 import csv
+import importlib.util
 import json
 import math
 import os
 import platform
+import posixpath
 import re
 import shutil
 import sys
@@ -30,6 +32,8 @@ os.environ.setdefault("ENABLE_TAICHI_HEADER_PRINT", "False")
 try:
     import imageio.v3 as imageio
     import numpy as np
+    import PIL.Image                                 # comes with imageio
+    import PIL.ImageOps
     import rich.progress
     import taichi as ti
 except ModuleNotFoundError as error:
@@ -83,118 +87,304 @@ class UserError(Exception):
 
 # ---- Scenes ---------------------------------------------------------------------------------------------------------
 
-def read_image(path):
-    """An image file as straight RGBA, [height, width, 4] u8; UserError if it cannot be read."""
+# What a frame, or its whole file, may say of its lens, and what that must lie between. The names are instant-ngp's.
+INTRINSICS = {**dict.fromkeys(("fl_x", "fl_y", "w", "h"), (0, 1e6)),
+              **dict.fromkeys(("camera_angle_x", "camera_angle_y"), (0, math.pi)),
+              **dict.fromkeys(("cx", "cy", "k1", "k2", "k3", "k4", "p1", "p2"), (-1e6, 1e6))}
+CAMERA_MODELS = ("OPENCV", "PINHOLE", "SIMPLE_PINHOLE", "PERSPECTIVE", "SIMPLE_RADIAL", "RADIAL", "OPENCV_FISHEYE")
+ENDINGS = ("", ".png", ".jpg", ".jpeg", ".webp")       # tried in this order: file_path may lack its ending
+
+
+def one_line(error):
+    """What an exception says, as one line; its type where that says more."""
+    text = " ".join(str(error).split())[:300]
+    return text if text and isinstance(error, (ValueError, OSError)) else f"{type(error).__name__} {text}".strip()
+
+
+def read_image(path, w=None, h=None):
+    """An image file as straight RGBA, [height, width, 4] u8; UserError if it cannot be read.
+
+    With w and h, the size that its intrinsics speak of, the image must be as large or a uniform resize of that. Only
+    where it is so turned as its EXIF entry says, and not as it is stored, it is turned: reconstructions differ in which
+    of the two they have seen.
+    """
+    def fits(size):                                  # within one pixel
+        return w is None or abs(h * size[0] - w * size[1]) <= max(w, h)
     try:
-        image = np.asarray(imageio.imread(path))
-        if image.dtype == np.uint16:
-            image = (image >> 8).astype(np.uint8)
-        if image.ndim == 2:
-            image = image[..., None]
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] not in (1, 2, 3, 4):
-            raise ValueError(f"unexpected format {image.dtype} {image.shape}")
+        with PIL.Image.open(path) as image:
+            size = image.size
+            if not fits(size) and fits(size[::-1]) and image.getexif().get(0x0112, 1) >= 5:      # a quarter turn
+                image = PIL.ImageOps.exif_transpose(image)
+            elif not fits(size):
+                raise ValueError(f"it is {size[0]}x{size[1]}, its intrinsics say {w:g}x{h:g}")
+            if image.mode.startswith("I"):           # 16 bit
+                image = PIL.Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            return np.array(image.convert("RGBA"))
     except Exception as error:                       # decoders raise OSError, SyntaxError, ValueError, struct.error ...
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"cannot read the image {path}: {reason}", "is it complete? replace it or remove its frame")
-    color = image[..., :-1] if image.shape[2] in (2, 4) else image
-    alpha = image[..., -1:] if image.shape[2] in (2, 4) else np.full(image.shape[:2] + (1,), 255, np.uint8)
-    return np.concatenate([np.broadcast_to(color, image.shape[:2] + (3,)), alpha], 2)
+        raise UserError(f"cannot use the image {path}: {one_line(error)}",
+                        "is it complete? replace it or remove its frame")
 
 
 def downscale_image(rgba, factor):
     """Area mean of factor x factor pixels, colors weighted by alpha; rows and columns left over are cropped."""
     height, width = rgba.shape[0] // factor, rgba.shape[1] // factor
-    blocks = rgba[:height * factor, :width * factor].reshape(height, factor, width, factor, 4).astype(np.float32)
-    alpha = blocks[..., 3:].sum((1, 3))
-    color = (blocks[..., :3] * blocks[..., 3:]).sum((1, 3)) / np.maximum(alpha, 1)
-    return np.rint(np.concatenate([color, alpha / factor**2], 2)).astype(np.uint8)
+    total = np.zeros((height, width, 4), np.float32)
+    for y, x in np.ndindex(factor, factor):          # one pixel of each block at a time: no full-size array of f32
+        part = rgba[y:height * factor:factor, x:width * factor:factor].astype(np.float32)
+        part[..., :3] *= part[..., 3:]
+        total += part
+    total[..., :3] /= np.maximum(total[..., 3:], 1)
+    total[..., 3] /= factor**2
+    return np.rint(total).astype(np.uint8)
 
 
-def load_views(folder, split, downscale=1):
-    """The views of one split ("train", "val", "test") of a scene in Blender's format.
-
-    Returns a namespace: rgba [n, height, width, 4] u8 (straight alpha), camera [n, 16] f32 (see k.generate_rays; in
-    the scene's own units), width, height, has_alpha; None if the split has no file. UserError for what is wrong.
-    """
-    path = os.path.join(folder, f"transforms_{split}.json")
-    if not os.path.exists(path):
-        return None
+def read_json(path):
+    """A JSON file whose outermost value is an object; UserError."""
     try:
-        with open(path, encoding="utf-8") as file:
+        with open(path, encoding="utf-8-sig") as file:
             meta = json.load(file)
-        frames = meta["frames"]
-        poses = np.array([frame["transform_matrix"] for frame in frames], np.float64).reshape(len(frames), -1, 4)[:, :3]
-        names = [str(frame["file_path"]) for frame in frames]
-        angle = float(meta["camera_angle_x"])
-        if not names or poses.shape[1] != 3:
-            raise ValueError("no frames, or poses that are not 4x4")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not a transforms file: {type(error).__name__}: {error}",
-                        "it needs camera_angle_x and frames with file_path and a 4x4 transform_matrix")
-    rotation = poses[:, :, :3]
-    good = np.isfinite(poses).all((1, 2)) & (np.linalg.det(np.nan_to_num(rotation)) > 0)
-    good &= np.abs(rotation @ rotation.transpose(0, 2, 1) - np.eye(3)).max((1, 2)) < 1e-2      # NaN is not < either
-    if not good.all():
-        raise UserError(f"{path}: the pose of {names[good.argmin()]} is not finite or its 3x3 part is no rotation",
-                        "mend the pose or remove its frame")
-    if not 0 < angle < math.pi:
-        raise UserError(f"{path}: camera_angle_x = {angle} is not usable", "it is an angle in radians between 0 and pi")
+        if not isinstance(meta, dict):
+            raise ValueError(f"it holds a {type(meta).__name__}")
+        return meta
+    except (ValueError, OSError, RecursionError) as error:
+        raise UserError(f"{path} is not a transforms file: {one_line(error)}", "is the download complete?")
 
-    def find(name):
-        for ending in ("", ".png", ".jpg", ".jpeg", ".webp"):
-            candidate = os.path.join(folder, name + ending)
-            if os.path.isfile(candidate):
-                return candidate
-        raise UserError(f"no image {os.path.join(folder, name)} (nor with .png, .jpg, .webp), named in {path}",
-                        "is the download complete?")
 
-    paths = [find(name) for name in names]
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        images = list(pool.map(read_image, paths))
-    for image, name in zip(images, paths):
-        if image.shape != images[0].shape:
-            raise UserError(f"{name} is {image.shape[1]}x{image.shape[0]}, {paths[0]} is "
-                            f"{images[0].shape[1]}x{images[0].shape[0]}", "all images of a scene must have one size")
-    full_height, full_width = images[0].shape[:2]
-    if min(full_height, full_width) // downscale < 1:
-        raise UserError(f"--downscale {downscale} leaves nothing of {full_width}x{full_height} pixels", "use less")
+def parse_number(values, key, low, high):
+    """values[key] as a float, None where there is none; ValueError unless it is a number between low and high."""
+    x = values.get(key)
+    if x is None:
+        return None
+    if isinstance(x, bool) or not isinstance(x, (int, float)) or not low < x < high:     # NaN is not < either
+        raise ValueError(f"{key} = {x!r:.40} is not usable")
+    return float(x)
+
+
+def parse_path(text):
+    """A path as frames name it, without ./ and \\; ValueError for what could not be printed."""
+    if not isinstance(text, str) or not text.isprintable():
+        raise ValueError(f"{text!r:.40} is not a file name")
+    return posixpath.normpath(text.replace("\\", "/"))
+
+
+def parse_frame(meta, frame):
+    """A frame of a transforms file as a namespace: name, mask (a path or None), pose [3, 4] f64, fisheye, intrinsics
+    (a number or None for each of INTRINSICS). What the frame does not say, the file says: `meta`. ValueError, KeyError,
+    TypeError ... for what is none."""
+    values = {**meta, **frame}
+    name, mask, model = parse_path(values["file_path"]), values.get("mask_path"), values.get("camera_model")
+    pose = np.array(values["transform_matrix"], np.float64)
+    if pose.shape not in ((3, 4), (4, 4)):
+        raise ValueError(f"the transform_matrix of {name} is not 4x4")
+    if model is not None and model not in CAMERA_MODELS:
+        raise ValueError(f"camera_model {model!r:.40} is none of {', '.join(CAMERA_MODELS)}")
+    intrinsics = {key: parse_number(values, key, *bounds) for key, bounds in INTRINSICS.items()}
+    if not (intrinsics["fl_x"] or intrinsics["camera_angle_x"] or intrinsics["camera_angle_y"]):
+        raise ValueError(f"there is no camera_angle_x and no fl_x for {name}")
+    return types.SimpleNamespace(name=name, mask=None if mask is None else parse_path(mask), pose=pose[:3],
+                                 fisheye=model == "OPENCV_FISHEYE" or bool(values.get("is_fisheye")),
+                                 intrinsics=intrinsics, repeated=False)
+
+
+def load_view(frame, folder, downscale, capture):
+    """Reads the image of a frame from parse_frame. Returns a namespace: name, rgba [height, width, 4] u8, opaque, lens,
+    camera (22 numbers, see load_scene), or None if the frame cannot be used; and what is wrong with the frame, if
+    anything is: (what it has, which it is)."""
+    rotation = frame.pose[:, :3]
+    if not (np.abs(frame.pose).max() < 1e9 and np.linalg.det(rotation) > 0              # NaN is not < either
+            and np.abs(rotation @ rotation.T - np.eye(3)).max() < 1e-2):
+        return None, ("a pose that is not finite, or whose 3x3 part is no rotation", frame.name)
+    if capture and frame.repeated:
+        return None, ("the image of another frame", frame.name)
+    candidates = [os.path.join(folder, frame.name + ending) for ending in ENDINGS]
+    path = next(filter(os.path.isfile, candidates), None)
+    if path is None:
+        return None, ("no image", frame.name)
+    v, problem = frame.intrinsics, None
+    try:
+        rgba = read_image(path, *((v["w"], v["h"]) if v["w"] and v["h"] else ()))
+    except UserError as error:
+        return None, ("an image that is of no use", str(error))
+    height, width = rgba.shape[:2]
+    if min(height, width) < downscale:
+        raise UserError(f"--downscale {downscale} leaves nothing of {width}x{height} pixels", "use less")
+
+    if capture:                                      # alpha says which pixels train, all or nothing
+        trains = rgba[..., 3] >= 128
+        if frame.mask is not None:
+            try:
+                trains &= read_image(os.path.join(folder, frame.mask))[..., :3].any(2)
+            except (UserError, ValueError):          # of another size: operands could not be broadcast together
+                problem = ("a mask that cannot be read or is of another size, and is not used", frame.mask)
+        rgba[..., 3] = np.where(trains, 255, 0)
+    opaque = bool((rgba[..., 3] == 255).all())
     if downscale > 1:
-        images = [downscale_image(image, downscale) for image in images]
-    rgba = np.stack(images)
-    if rgba.size // 4 >= 2**31:
-        raise UserError(f"{path} has {rgba.size // 4} pixels, more than 2^31", "use --downscale 2 or more")
+        small = downscale_image(rgba, downscale)
+        if capture and not opaque:                   # a pixel trains if all that it is the mean of do
+            blocks = rgba[:height // downscale * downscale, :width // downscale * downscale, 3]
+            small[..., 3] = blocks.reshape(len(small), downscale, -1, downscale).min((1, 3))
+        rgba = small
 
-    camera = np.zeros((len(names), 16), np.float32)
-    camera[:, :12] = poses.reshape(-1, 12)
-    camera[:, 12:14] = 0.5 * full_width / math.tan(0.5 * angle) / downscale          # square pixels
-    camera[:, 14], camera[:, 15] = 0.5 * full_width / downscale, 0.5 * full_height / downscale
-    return types.SimpleNamespace(rgba=rgba, camera=camera, width=rgba.shape[2], height=rgba.shape[1],
-                                 has_alpha=bool((rgba[..., 3] < 255).any()))
+    w, h = v["w"] or width, v["h"] or height
+    if v["fl_x"]:
+        fx, fy = v["fl_x"], v["fl_y"] or v["fl_x"]
+    else:
+        fx, fy = (0.5 * side / math.tan(0.5 * angle) if angle else None
+                  for side, angle in ((w, v["camera_angle_x"]), (h, v["camera_angle_y"])))
+        fx, fy = fx or fy, fy or fx                  # square pixels
+    cx, cy = 0.5 * w if v["cx"] is None else v["cx"], 0.5 * h if v["cy"] is None else v["cy"]
+    pixels = np.array([fx, fy, cx, cy]) * (width / w / downscale)
+    distortion = [v[key] or 0.0 for key in ("k1", "k2", "k3", "k4", "p1", "p2")]
+    return types.SimpleNamespace(name=frame.name, rgba=rgba, opaque=opaque, lens=int(frame.fisheye),
+                                 camera=np.array([*frame.pose.ravel(), *pixels, *distortion])), problem
 
 
-def load_scene(folder, downscale=1):
-    """(training views, held-out views, name of the held-out split) of a scene's folder; see load_views.
+def load_frames(path, meta, folder, downscale, capture):
+    """The views of all usable frames of a transforms file (load_view's namespaces), sorted by name for a capture, and
+    a line for each thing that is wrong with some frames. The Blender family's frames must all be usable: UserError."""
+    try:
+        frames = [parse_frame(meta, frame) for frame in meta["frames"]]
+        if not frames:
+            raise ValueError("there are no frames")
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise UserError(f"{path} is not usable: {one_line(error)}",
+                        "it needs camera_angle_x or fl_x, and frames with file_path and a 4x4 transform_matrix")
+    if capture:
+        frames.sort(key=lambda frame: frame.name)
+        for before, frame in zip(frames, frames[1:]):
+            frame.repeated = frame.name == before.name
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        results = list(pool.map(lambda frame: load_view(frame, folder, downscale, capture), frames))
+    wrong = {}
+    for _, problem in results:
+        if problem:
+            wrong.setdefault(problem[0], []).append(problem[1])
+    lines = [f"{len(which)} of {len(frames)} frames {'has' if len(which) == 1 else 'have'} {what} (first: {which[0]})"
+             for what, which in wrong.items()]
+    if lines and not capture:
+        raise UserError(f"{path}: {lines[0]}", "is the download complete? mend the frame or remove it")
+    return [view for view, _ in results if view], lines
 
-    Held out is "test", else "val"; where there is neither, every 8th training view is left out of the training.
-    """
-    if not os.path.isdir(folder):
-        raise UserError(f"no such folder: {folder}", "data/lego comes along; data/README.md lists others")
-    train = load_views(folder, "train", downscale)
-    if train is None:
-        raise UserError(f"no transforms_train.json in {folder}", "data/README.md says how a scene is laid out")
-    for split in ("test", "val"):
-        held_out = load_views(folder, split, downscale)
-        if held_out is not None:
-            return train, held_out, split
-    if len(train.rgba) < 2:
-        raise UserError(f"{folder} has a single view and no test views", "a radiance field needs several views")
-    every_8th = np.arange(len(train.rgba)) % 8 == 0
-    return select_views(train, ~every_8th), select_views(train, every_8th), "every 8th of train"
+
+def split_frames(meta, frames):
+    """(training frames, held-out frames, the name of the split): as nerfstudio's train_filenames and test_filenames or
+    val_filenames say; where these hold out nothing, every 8th. ValueError, TypeError for what are no such lists."""
+    listed = {key: {parse_path(name) for name in meta.get(key) or ()}
+              for key in ("train_filenames", "test_filenames", "val_filenames")}
+    train = [frame for frame in frames if frame.name in listed["train_filenames"] or not listed["train_filenames"]]
+    for split in ("test_filenames", "val_filenames"):
+        test = [frame for frame in frames if frame.name in listed[split]]
+        if test:
+            return [frame for frame in train if frame.name not in listed[split]], test, split
+    return [frame for i, frame in enumerate(train) if i % 8], train[::8], "every 8th of train"
+
+
+def read_placement(meta):
+    """Where a transforms file wants its scene to lie: those of aabb_scale, scale, offset that it has. ValueError,
+    TypeError for what are no such numbers."""
+    placement = {key: parse_number(meta, key, 0, 1e6) for key in ("aabb_scale", "scale") if meta.get(key) is not None}
+    if meta.get("offset") is not None:
+        offset = np.broadcast_to(np.array(meta["offset"], np.float64), 3)
+        if not np.abs(offset).max() < 1e6:
+            raise ValueError(f"offset = {meta['offset']!r:.40} is not usable")
+        placement["offset"] = offset.tolist()
+    return placement
+
+
+def convert_capture(folder):
+    """A folder of another format as the contents of a transforms file, by data/convert.py. UserError."""
+    path, meta = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data", "convert.py"), None
+    if os.path.exists(path):
+        spec = importlib.util.spec_from_file_location("convert", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        try:
+            meta = module.convert(folder)
+        except ValueError as error:
+            raise UserError(f"cannot convert {folder}: {one_line(error)}", "data/README.md lists what can be converted")
+    if meta is None:
+        raise UserError(f"no transforms_train.json or transforms.json in {folder}, nor what data/convert.py converts",
+                        "data/README.md says how a scene is laid out")
+    return meta
+
+
+def pack_views(frames, alpha):
+    """Namespaces with name, rgba, lens, camera as one namespace of views, see load_scene; takes their rgba away."""
+    areas = [frame.rgba.shape[0] * frame.rgba.shape[1] for frame in frames]
+    if sum(areas) >= 2**31:
+        raise UserError(f"{len(frames)} views have {sum(areas)} pixels, more than 2^31", "use --downscale 2 or more")
+    first = np.cumsum([0] + areas)
+    pixels = np.empty(first[-1], np.uint32)
+    size = np.array([[at, *frame.rgba.shape[1::-1], frame.lens] for at, frame in zip(first, frames)], np.int32)
+    for at, area, frame in zip(first, areas, frames):
+        pixels[at:at + area] = np.ascontiguousarray(frame.rgba).view("<u4").ravel()
+        del frame.rgba                               # or all pixels would be in memory twice
+    return types.SimpleNamespace(pixels=pixels, size=size.reshape(-1, 4), names=[frame.name for frame in frames],
+                                 camera=np.array([f.camera for f in frames], np.float32).reshape(-1, 22), alpha=alpha)
+
+
+def view_image(views, i):
+    """View i as straight RGBA, [height, width, 4] u8: no copy."""
+    first, width, height, _ = views.size[i]
+    return views.pixels[first:first + width * height].view(np.uint8).reshape(height, width, 4)
 
 
 def select_views(views, mask):
-    """The views that a boolean mask [n] picks, as a namespace like load_views'."""
-    return types.SimpleNamespace(**{**vars(views), "rgba": views.rgba[mask], "camera": views.camera[mask]})
+    """The views that a boolean mask [n] picks, as a namespace like load_scene's."""
+    return pack_views([types.SimpleNamespace(name=views.names[i], rgba=view_image(views, i), lens=views.size[i, 3],
+                                             camera=views.camera[i]) for i in np.flatnonzero(mask)], views.alpha)
+
+
+def load_scene(folder, downscale=1):
+    """A scene's folder: transforms_train.json (the Blender family), transforms.json (instant-ngp, nerfstudio) or what
+    data/convert.py knows. UserError for what is wrong. Returns a namespace:
+
+    train, test   views: namespaces with
+        pixels    u32 [sum of width * height over views]: RGBA u8, straight alpha, red in the lowest byte
+        size      i32 [n, 4]: first pixel, width, height, lens (0: perspective, 1: fisheye, see k.generate_rays)
+        camera    f32 [n, 22]: 3x4 camera-to-world matrix by rows, x right, y up, z back, in the scene's own units; fx,
+                  fy, cx, cy in pixels, the first pixel's centre at 0.5; OpenCV's k1, k2, k3, k4, p1, p2
+        names     list of n paths
+        alpha     "none": all 255; "background": it shows the background; "mask": pixels with 0 do not train
+    split         what is held out as test: "test", "val", "test_filenames", "val_filenames", "every 8th of train"
+    capture       False for the Blender family, whose scenes lie around the origin
+    placement     what the file says of aabb_scale, scale (numbers) and offset (3 numbers), see instant-ngp
+    skipped       lines that say what could not be used
+    """
+    if not os.path.isdir(folder):
+        raise UserError(f"no such folder: {folder}", "data/lego comes along; data/README.md lists others")
+    path, capture = os.path.join(folder, "transforms_train.json"), False
+    if not os.path.exists(path):
+        path, capture = os.path.join(folder, "transforms.json"), True
+    if os.path.exists(path):
+        meta = read_json(path)
+    else:
+        path, meta = folder, convert_capture(folder)
+    train, skipped = load_frames(path, meta, folder, downscale, capture)
+    paths = {split: os.path.join(folder, f"transforms_{split}.json") for split in ("test", "val")}
+    split = next((split for split in paths if os.path.exists(paths[split]) and not capture), None)
+    placement = {}
+    if split:
+        test, _ = load_frames(paths[split], read_json(paths[split]), folder, downscale, capture)
+    else:
+        try:
+            placement = read_placement(meta) if capture else {}
+            train, test, split = split_frames(meta if capture else {}, train)
+        except (ValueError, TypeError, OverflowError, RecursionError) as error:
+            raise UserError(f"{path} is not usable: {one_line(error)}", "mend or remove that entry")
+        if len(train) < 1 + capture or len(train + test) < 2 + capture:
+            raise UserError(f"{path}: {len(train)} views to train on and {len(test)} held out are too few",
+                            "; ".join(skipped) or "a radiance field needs several views")
+        origin = np.array([view.camera[3:12:4] for view in train + test])
+        middle = origin.mean(0)
+        if capture and np.linalg.norm(origin - middle, axis=1).max() < 1e-4 * (1 + np.linalg.norm(middle)):
+            raise UserError(f"{path}: all cameras are in one place", "depth shows only from several places")
+
+    alpha = "mask" if capture else "background"
+    train, test = [pack_views(views, "none" if all(view.opaque for view in views) else alpha)
+                   for views in (train, test)]
+    return types.SimpleNamespace(train=train, test=test, split=split, capture=capture, placement=placement,
+                                 skipped=skipped)
 
 
 def over_white(rgba):
