@@ -87,36 +87,34 @@ class UserError(Exception):
 
 # ---- Scenes ---------------------------------------------------------------------------------------------------------
 
-# What a frame, or its whole file, may say of its lens, and what that must lie between. The names are instant-ngp's.
+# What a frame, or its file for all frames, may say of a lens, and the bounds of each number; see
+# https://docs.nerf.studio/quickstart/data_conventions.html
+DISTORTION = ("k1", "k2", "k3", "k4", "p1", "p2")
 INTRINSICS = {**dict.fromkeys(("fl_x", "fl_y", "w", "h"), (0, 1e6)),
               **dict.fromkeys(("camera_angle_x", "camera_angle_y"), (0, math.pi)),
-              **dict.fromkeys(("cx", "cy", "k1", "k2", "k3", "k4", "p1", "p2"), (-1e6, 1e6))}
+              **dict.fromkeys(("cx", "cy") + DISTORTION, (-1e6, 1e6))}
 CAMERA_MODELS = ("OPENCV", "PINHOLE", "SIMPLE_PINHOLE", "PERSPECTIVE", "SIMPLE_RADIAL", "RADIAL", "OPENCV_FISHEYE")
-ENDINGS = ("", ".png", ".jpg", ".jpeg", ".webp")       # tried in this order: file_path may lack its ending
 
 
 def one_line(error):
-    """What an exception says, as one line; its type where that says more."""
+    """What an exception says, as one line, with its type where it is not made for reading."""
     text = " ".join(str(error).split())[:300]
     return text if text and isinstance(error, (ValueError, OSError)) else f"{type(error).__name__} {text}".strip()
 
 
 def read_image(path, w=None, h=None):
-    """An image file as straight RGBA, [height, width, 4] u8; UserError if it cannot be read.
-
-    With w and h, the size that its intrinsics speak of, the image must be as large or a uniform resize of that. Only
-    where it is so turned as its EXIF entry says, and not as it is stored, it is turned: reconstructions differ in which
-    of the two they have seen.
-    """
-    def fits(size):                                  # within one pixel
-        return w is None or abs(h * size[0] - w * size[1]) <= max(w, h)
+    """An image file as straight RGBA, [height, width, 4] u8; UserError if it cannot be read, or is no uniform resize of
+    w x h, the size that its intrinsics speak of. It is turned as its EXIF entry says only where it fits only then: the
+    reconstruction has seen it either way."""
+    def fits(width, height):                         # within one pixel
+        return w is None or h is None or abs(h * width - w * height) <= max(w, h)
     try:
         with PIL.Image.open(path) as image:
-            size = image.size
-            if not fits(size) and fits(size[::-1]) and image.getexif().get(0x0112, 1) >= 5:      # a quarter turn
+            width, height = image.size
+            if not fits(width, height):
+                if not fits(height, width) or image.getexif().get(0x0112, 1) < 5:        # 5 to 8 are quarter turns
+                    raise ValueError(f"it is {width}x{height}, its intrinsics say {w:g}x{h:g}")
                 image = PIL.ImageOps.exif_transpose(image)
-            elif not fits(size):
-                raise ValueError(f"it is {size[0]}x{size[1]}, its intrinsics say {w:g}x{h:g}")
             if image.mode.startswith("I"):           # 16 bit
                 image = PIL.Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             return np.array(image.convert("RGBA"))
@@ -129,7 +127,7 @@ def downscale_image(rgba, factor):
     """Area mean of factor x factor pixels, colors weighted by alpha; rows and columns left over are cropped."""
     height, width = rgba.shape[0] // factor, rgba.shape[1] // factor
     total = np.zeros((height, width, 4), np.float32)
-    for y, x in np.ndindex(factor, factor):          # one pixel of each block at a time: no full-size array of f32
+    for y, x in np.ndindex(factor, factor):          # one pixel of each block at a time: nothing large in f32
         part = rgba[y:height * factor:factor, x:width * factor:factor].astype(np.float32)
         part[..., :3] *= part[..., 3:]
         total += part
@@ -139,20 +137,16 @@ def downscale_image(rgba, factor):
 
 
 def read_json(path):
-    """A JSON file whose outermost value is an object; UserError."""
+    """The contents of a JSON file; UserError."""
     try:
         with open(path, encoding="utf-8-sig") as file:
-            meta = json.load(file)
-        if not isinstance(meta, dict):
-            raise ValueError(f"it holds a {type(meta).__name__}")
-        return meta
+            return json.load(file)
     except (ValueError, OSError, RecursionError) as error:
-        raise UserError(f"{path} is not a transforms file: {one_line(error)}", "is the download complete?")
+        raise UserError(f"{path} is not a JSON file: {one_line(error)}", "is the download complete?")
 
 
-def parse_number(values, key, low, high):
-    """values[key] as a float, None where there is none; ValueError unless it is a number between low and high."""
-    x = values.get(key)
+def parse_number(key, x, low, high):
+    """x, the JSON value of a key, as a float, or None for null; ValueError unless it is a number in (low, high)."""
     if x is None:
         return None
     if isinstance(x, bool) or not isinstance(x, (int, float)) or not low < x < high:     # NaN is not < either
@@ -161,87 +155,76 @@ def parse_number(values, key, low, high):
 
 
 def parse_path(text):
-    """A path as frames name it, without ./ and \\; ValueError for what could not be printed."""
+    """A file's name in one spelling; ValueError for what cannot be printed in a line."""
     if not isinstance(text, str) or not text.isprintable():
-        raise ValueError(f"{text!r:.40} is not a file name")
+        raise ValueError(f"{text!r:.40} is not a file's name")
     return posixpath.normpath(text.replace("\\", "/"))
 
 
 def parse_frame(meta, frame):
-    """A frame of a transforms file as a namespace: name, mask (a path or None), pose [3, 4] f64, fisheye, intrinsics
-    (a number or None for each of INTRINSICS). What the frame does not say, the file says: `meta`. ValueError, KeyError,
-    TypeError ... for what is none."""
+    """A frame of a transforms file, with what it leaves to the file, as a namespace: name, mask (or None), pose
+    [3, 4] f64, fisheye, and a number or None for each of INTRINSICS. ValueError, KeyError, TypeError ..."""
     values = {**meta, **frame}
-    name, mask, model = parse_path(values["file_path"]), values.get("mask_path"), values.get("camera_model")
+    name, model, mask = parse_path(values["file_path"]), values.get("camera_model"), values.get("mask_path")
     pose = np.array(values["transform_matrix"], np.float64)
     if pose.shape not in ((3, 4), (4, 4)):
         raise ValueError(f"the transform_matrix of {name} is not 4x4")
     if model is not None and model not in CAMERA_MODELS:
         raise ValueError(f"camera_model {model!r:.40} is none of {', '.join(CAMERA_MODELS)}")
-    intrinsics = {key: parse_number(values, key, *bounds) for key, bounds in INTRINSICS.items()}
-    if not (intrinsics["fl_x"] or intrinsics["camera_angle_x"] or intrinsics["camera_angle_y"]):
+    numbers = {key: parse_number(key, values.get(key), *bounds) for key, bounds in INTRINSICS.items()}
+    if not (numbers["fl_x"] or numbers["camera_angle_x"] or numbers["camera_angle_y"]):
         raise ValueError(f"there is no camera_angle_x and no fl_x for {name}")
     return types.SimpleNamespace(name=name, mask=None if mask is None else parse_path(mask), pose=pose[:3],
-                                 fisheye=model == "OPENCV_FISHEYE" or bool(values.get("is_fisheye")),
-                                 intrinsics=intrinsics, repeated=False)
+                                 fisheye=model == "OPENCV_FISHEYE" or values.get("is_fisheye") is True, **numbers)
 
 
-def load_view(frame, folder, downscale, capture):
-    """Reads the image of a frame from parse_frame. Returns a namespace: name, rgba [height, width, 4] u8, opaque, lens,
-    camera (22 numbers, see load_scene), or None if the frame cannot be used; and what is wrong with the frame, if
-    anything is: (what it has, which it is)."""
-    rotation = frame.pose[:, :3]
-    if not (np.abs(frame.pose).max() < 1e9 and np.linalg.det(rotation) > 0              # NaN is not < either
+def load_view(f, folder, downscale, capture):
+    """(view, problem) of a frame from parse_frame. view: a namespace of name, rgba [height, width, 4] u8, lens and
+    camera (see load_scene), or None if the frame cannot be used. problem: None, or (what it has, which it is)."""
+    rotation = f.pose[:, :3]
+    if not (np.abs(f.pose).max() < 1e9 and np.linalg.det(rotation) > 0                  # NaN is not < either
             and np.abs(rotation @ rotation.T - np.eye(3)).max() < 1e-2):
-        return None, ("a pose that is not finite, or whose 3x3 part is no rotation", frame.name)
-    if capture and frame.repeated:
-        return None, ("the image of another frame", frame.name)
-    candidates = [os.path.join(folder, frame.name + ending) for ending in ENDINGS]
-    path = next(filter(os.path.isfile, candidates), None)
+        return None, ("a pose that is not finite, or whose 3x3 part is no rotation", f.name)
+    paths = (os.path.join(folder, f.name + ending) for ending in ("", ".png", ".jpg", ".jpeg", ".webp"))
+    path, problem = next(filter(os.path.isfile, paths), None), None
     if path is None:
-        return None, ("no image", frame.name)
-    v, problem = frame.intrinsics, None
+        return None, ("no image", f.name)
     try:
-        rgba = read_image(path, *((v["w"], v["h"]) if v["w"] and v["h"] else ()))
+        rgba = read_image(path, f.w, f.h)
     except UserError as error:
-        return None, ("an image that is of no use", str(error))
+        return None, ("no usable image", str(error))
     height, width = rgba.shape[:2]
     if min(height, width) < downscale:
         raise UserError(f"--downscale {downscale} leaves nothing of {width}x{height} pixels", "use less")
 
-    if capture:                                      # alpha says which pixels train, all or nothing
+    if capture:                                      # pixels train, or do not
         trains = rgba[..., 3] >= 128
-        if frame.mask is not None:
-            try:
-                trains &= read_image(os.path.join(folder, frame.mask))[..., :3].any(2)
-            except (UserError, ValueError):          # of another size: operands could not be broadcast together
-                problem = ("a mask that cannot be read or is of another size, and is not used", frame.mask)
+        try:
+            if f.mask is not None:
+                trains = np.stack([trains, read_image(os.path.join(folder, f.mask))[..., :3].any(2)]).all(0)
+        except (UserError, ValueError):              # cannot be stacked
+            problem = ("a mask that cannot be read or has another size: it is not used", f.mask)
         rgba[..., 3] = np.where(trains, 255, 0)
-    opaque = bool((rgba[..., 3] == 255).all())
     if downscale > 1:
-        small = downscale_image(rgba, downscale)
-        if capture and not opaque:                   # a pixel trains if all that it is the mean of do
-            blocks = rgba[:height // downscale * downscale, :width // downscale * downscale, 3]
-            small[..., 3] = blocks.reshape(len(small), downscale, -1, downscale).min((1, 3))
-        rgba = small
+        full, rgba = rgba, downscale_image(rgba, downscale)
+        if capture:                                  # the mean of such pixels trains if all of them do
+            rows, columns = rgba.shape[0] * downscale, rgba.shape[1] * downscale
+            rgba[..., 3] = full[:rows, :columns, 3].reshape(len(rgba), downscale, -1, downscale).min((1, 3))
 
-    w, h = v["w"] or width, v["h"] or height
-    if v["fl_x"]:
-        fx, fy = v["fl_x"], v["fl_y"] or v["fl_x"]
-    else:
-        fx, fy = (0.5 * side / math.tan(0.5 * angle) if angle else None
-                  for side, angle in ((w, v["camera_angle_x"]), (h, v["camera_angle_y"])))
-        fx, fy = fx or fy, fy or fx                  # square pixels
-    cx, cy = 0.5 * w if v["cx"] is None else v["cx"], 0.5 * h if v["cy"] is None else v["cy"]
-    pixels = np.array([fx, fy, cx, cy]) * (width / w / downscale)
-    distortion = [v[key] or 0.0 for key in ("k1", "k2", "k3", "k4", "p1", "p2")]
-    return types.SimpleNamespace(name=frame.name, rgba=rgba, opaque=opaque, lens=int(frame.fisheye),
-                                 camera=np.array([*frame.pose.ravel(), *pixels, *distortion])), problem
+    w, h = f.w or width, f.h or height
+    fx, fy = f.fl_x, f.fl_y
+    if fx is None:
+        fx = f.camera_angle_x and 0.5 * w / math.tan(0.5 * f.camera_angle_x)
+        fy = f.camera_angle_y and 0.5 * h / math.tan(0.5 * f.camera_angle_y)
+    cx, cy = 0.5 * w if f.cx is None else f.cx, 0.5 * h if f.cy is None else f.cy
+    pixels = np.array([fx or fy, fy or fx, cx, cy]) * (width / w / downscale)
+    camera = np.concatenate([f.pose.ravel(), pixels, [getattr(f, key) or 0.0 for key in DISTORTION]])
+    return types.SimpleNamespace(name=f.name, rgba=rgba, lens=int(f.fisheye), camera=camera), problem
 
 
 def load_frames(path, meta, folder, downscale, capture):
-    """The views of all usable frames of a transforms file (load_view's namespaces), sorted by name for a capture, and
-    a line for each thing that is wrong with some frames. The Blender family's frames must all be usable: UserError."""
+    """(views, lines) of a transforms file: load_view's namespaces, for a capture those that are usable, sorted by name;
+    and what was wrong with how many frames. The Blender family's frames must all be usable: UserError."""
     try:
         frames = [parse_frame(meta, frame) for frame in meta["frames"]]
         if not frames:
@@ -249,50 +232,47 @@ def load_frames(path, meta, folder, downscale, capture):
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise UserError(f"{path} is not usable: {one_line(error)}",
                         "it needs camera_angle_x or fl_x, and frames with file_path and a 4x4 transform_matrix")
+    wrong, n = {}, len(frames)
     if capture:
-        frames.sort(key=lambda frame: frame.name)
-        for before, frame in zip(frames, frames[1:]):
-            frame.repeated = frame.name == before.name
+        unique = {frame.name: frame for frame in reversed(frames)}
+        wrong["the name of an earlier frame"] = [frame.name for frame in frames if frame is not unique[frame.name]]
+        frames = [unique[name] for name in sorted(unique)]
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        results = list(pool.map(lambda frame: load_view(frame, folder, downscale, capture), frames))
-    wrong = {}
-    for _, problem in results:
-        if problem:
-            wrong.setdefault(problem[0], []).append(problem[1])
-    lines = [f"{len(which)} of {len(frames)} frames {'has' if len(which) == 1 else 'have'} {what} (first: {which[0]})"
-             for what, which in wrong.items()]
+        views, problems = zip(*pool.map(lambda frame: load_view(frame, folder, downscale, capture), frames))
+    for what, which in filter(None, problems):
+        wrong.setdefault(what, []).append(which)
+    lines = [f"{len(which)} of {n} frames {'has' if len(which) == 1 else 'have'} {what} (first: {which[0]})"
+             for what, which in wrong.items() if which]
     if lines and not capture:
         raise UserError(f"{path}: {lines[0]}", "is the download complete? mend the frame or remove it")
-    return [view for view, _ in results if view], lines
+    return [view for view in views if view], lines
 
 
-def split_frames(meta, frames):
-    """(training frames, held-out frames, the name of the split): as nerfstudio's train_filenames and test_filenames or
-    val_filenames say; where these hold out nothing, every 8th. ValueError, TypeError for what are no such lists."""
+def split_views(meta, views):
+    """(training views, held-out views, the name of the split) by nerfstudio's train_filenames and test_filenames or
+    val_filenames; where these hold out nothing, every 8th view is. ValueError, TypeError for what are no such lists."""
     listed = {key: {parse_path(name) for name in meta.get(key) or ()}
               for key in ("train_filenames", "test_filenames", "val_filenames")}
-    train = [frame for frame in frames if frame.name in listed["train_filenames"] or not listed["train_filenames"]]
+    train = [view for view in views if view.name in listed["train_filenames"] or not listed["train_filenames"]]
     for split in ("test_filenames", "val_filenames"):
-        test = [frame for frame in frames if frame.name in listed[split]]
+        test = [view for view in views if view.name in listed[split]]
         if test:
-            return [frame for frame in train if frame.name not in listed[split]], test, split
-    return [frame for i, frame in enumerate(train) if i % 8], train[::8], "every 8th of train"
+            return [view for view in train if view.name not in listed[split]], test, split
+    return [view for i, view in enumerate(train) if i % 8], train[::8], "every 8th of train"
 
 
 def read_placement(meta):
-    """Where a transforms file wants its scene to lie: those of aabb_scale, scale, offset that it has. ValueError,
-    TypeError for what are no such numbers."""
-    placement = {key: parse_number(meta, key, 0, 1e6) for key in ("aabb_scale", "scale") if meta.get(key) is not None}
+    """Those of aabb_scale, scale (> 0) and offset (3 numbers) that a transforms file has. ValueError, TypeError."""
+    placement = {key: parse_number(key, meta.get(key), 0, 1e6) for key in ("aabb_scale", "scale")}
     if meta.get("offset") is not None:
-        offset = np.broadcast_to(np.array(meta["offset"], np.float64), 3)
-        if not np.abs(offset).max() < 1e6:
-            raise ValueError(f"offset = {meta['offset']!r:.40} is not usable")
-        placement["offset"] = offset.tolist()
-    return placement
+        placement["offset"] = [parse_number("offset", x, -1e6, 1e6) for x in meta["offset"]]
+        if len(placement["offset"]) != 3 or None in placement["offset"]:
+            raise ValueError("offset is not three numbers")
+    return {key: value for key, value in placement.items() if value is not None}
 
 
 def convert_capture(folder):
-    """A folder of another format as the contents of a transforms file, by data/convert.py. UserError."""
+    """A folder of another format as the contents of a transforms file, by data/convert.py; UserError."""
     path, meta = os.path.join(os.path.dirname(os.path.abspath(__file__)), "data", "convert.py"), None
     if os.path.exists(path):
         spec = importlib.util.spec_from_file_location("convert", path)
@@ -301,30 +281,32 @@ def convert_capture(folder):
         try:
             meta = module.convert(folder)
         except ValueError as error:
-            raise UserError(f"cannot convert {folder}: {one_line(error)}", "data/README.md lists what can be converted")
+            raise UserError(f"cannot convert {folder}: {one_line(error)}", "is it complete? see data/README.md")
     if meta is None:
-        raise UserError(f"no transforms_train.json or transforms.json in {folder}, nor what data/convert.py converts",
-                        "data/README.md says how a scene is laid out")
+        raise UserError(f"no transforms_train.json or transforms.json in {folder}, nor what data/convert.py knows",
+                        "data/README.md says how scenes are laid out")
     return meta
 
 
-def pack_views(frames, alpha):
-    """Namespaces with name, rgba, lens, camera as one namespace of views, see load_scene; takes their rgba away."""
-    areas = [frame.rgba.shape[0] * frame.rgba.shape[1] for frame in frames]
-    if sum(areas) >= 2**31:
-        raise UserError(f"{len(frames)} views have {sum(areas)} pixels, more than 2^31", "use --downscale 2 or more")
-    first = np.cumsum([0] + areas)
-    pixels = np.empty(first[-1], np.uint32)
-    size = np.array([[at, *frame.rgba.shape[1::-1], frame.lens] for at, frame in zip(first, frames)], np.int32)
-    for at, area, frame in zip(first, areas, frames):
-        pixels[at:at + area] = np.ascontiguousarray(frame.rgba).view("<u4").ravel()
-        del frame.rgba                               # or all pixels would be in memory twice
-    return types.SimpleNamespace(pixels=pixels, size=size.reshape(-1, 4), names=[frame.name for frame in frames],
-                                 camera=np.array([f.camera for f in frames], np.float32).reshape(-1, 22), alpha=alpha)
+def pack_views(views, alpha):
+    """load_view's namespaces as one, see load_scene. Their rgba is taken away: never are all pixels there twice."""
+    shapes = [view.rgba.shape for view in views]
+    first = np.cumsum([0] + [height * width for height, width, _ in shapes], dtype=np.int64)
+    if first[-1] >= 2**31:
+        raise UserError(f"{len(views)} views have {first[-1]} pixels, more than 2^31", "use --downscale 2 or more")
+    size = [[at, width, height, view.lens] for at, (height, width, _), view in zip(first, shapes, views)]
+    pixels, opaque = np.empty(first[-1], np.uint32), True
+    for at, end, view in zip(first, first[1:], views):
+        pixels[at:end] = np.ascontiguousarray(view.rgba).view("<u4").ravel()
+        opaque &= bool((view.rgba[..., 3] == 255).all())
+        del view.rgba
+    return types.SimpleNamespace(pixels=pixels, size=np.array(size, np.int32), alpha="none" if opaque else alpha,
+                                 camera=np.array([view.camera for view in views], np.float32),
+                                 names=[view.name for view in views])
 
 
 def view_image(views, i):
-    """View i as straight RGBA, [height, width, 4] u8: no copy."""
+    """View i as straight RGBA, [height, width, 4] u8; not a copy."""
     first, width, height, _ = views.size[i]
     return views.pixels[first:first + width * height].view(np.uint8).reshape(height, width, 4)
 
@@ -337,54 +319,52 @@ def select_views(views, mask):
 
 def load_scene(folder, downscale=1):
     """A scene's folder: transforms_train.json (the Blender family), transforms.json (instant-ngp, nerfstudio) or what
-    data/convert.py knows. UserError for what is wrong. Returns a namespace:
+    data/convert.py knows. UserError for what cannot be used. Returns a namespace:
 
-    train, test   views: namespaces with
-        pixels    u32 [sum of width * height over views]: RGBA u8, straight alpha, red in the lowest byte
-        size      i32 [n, 4]: first pixel, width, height, lens (0: perspective, 1: fisheye, see k.generate_rays)
-        camera    f32 [n, 22]: 3x4 camera-to-world matrix by rows, x right, y up, z back, in the scene's own units; fx,
-                  fy, cx, cy in pixels, the first pixel's centre at 0.5; OpenCV's k1, k2, k3, k4, p1, p2
-        names     list of n paths
-        alpha     "none": all 255; "background": it shows the background; "mask": pixels with 0 do not train
+    train, test   views, each a namespace of
+        pixels    u32 [sum of width * height]: straight RGBA of 8 bits each, red in the lowest; view by view, by rows
+        size      i32 [n, 4]: first pixel, width, height, lens (0: perspective, 1: fisheye)
+        camera    f32 [n, 22]: camera-to-world matrix [3, 4], y up, z back, in the scene's own units; fx, fy, cx, cy in
+                  pixels, whose corner is at 0; OpenCV's k1, k2, k3, k4, p1, p2
+        names     n paths
+        alpha     "none": all 255; "background": it shows the background; "mask": pixels with 0 do not train, others 255
     split         what is held out as test: "test", "val", "test_filenames", "val_filenames", "every 8th of train"
-    capture       False for the Blender family, whose scenes lie around the origin
-    placement     what the file says of aabb_scale, scale (numbers) and offset (3 numbers), see instant-ngp
-    skipped       lines that say what could not be used
+    capture       False for the Blender family
+    placement     what the file says of aabb_scale, scale and offset, see instant-ngp
+    skipped       lines that say what was left out
     """
     if not os.path.isdir(folder):
         raise UserError(f"no such folder: {folder}", "data/lego comes along; data/README.md lists others")
-    path, capture = os.path.join(folder, "transforms_train.json"), False
-    if not os.path.exists(path):
-        path, capture = os.path.join(folder, "transforms.json"), True
-    if os.path.exists(path):
-        meta = read_json(path)
+    path = {split: os.path.join(folder, f"transforms_{split}.json") for split in ("train", "test", "val")}
+    capture, source = not os.path.exists(path["train"]), path["train"]
+    if capture:
+        source = os.path.join(folder, "transforms.json")
+    if os.path.exists(source):
+        meta = read_json(source)
     else:
-        path, meta = folder, convert_capture(folder)
-    train, skipped = load_frames(path, meta, folder, downscale, capture)
-    paths = {split: os.path.join(folder, f"transforms_{split}.json") for split in ("test", "val")}
-    split = next((split for split in paths if os.path.exists(paths[split]) and not capture), None)
+        source, meta = folder, convert_capture(folder)
+    train, skipped = load_frames(source, meta, folder, downscale, capture)
+    split = next((split for split in ("test", "val") if os.path.exists(path[split]) and not capture), None)
     placement = {}
     if split:
-        test, _ = load_frames(paths[split], read_json(paths[split]), folder, downscale, capture)
+        test, _ = load_frames(path[split], read_json(path[split]), folder, downscale, capture)
     else:
         try:
             placement = read_placement(meta) if capture else {}
-            train, test, split = split_frames(meta if capture else {}, train)
-        except (ValueError, TypeError, OverflowError, RecursionError) as error:
-            raise UserError(f"{path} is not usable: {one_line(error)}", "mend or remove that entry")
-        if len(train) < 1 + capture or len(train + test) < 2 + capture:
-            raise UserError(f"{path}: {len(train)} views to train on and {len(test)} held out are too few",
+            train, test, split = split_views(meta if capture else {}, train)
+        except (ValueError, TypeError, RecursionError) as error:
+            raise UserError(f"{source} is not usable: {one_line(error)}", "mend or remove that entry")
+        n_train, n_test = (2, 1) if capture else (1, 1)
+        if len(train) < n_train or len(test) < n_test:
+            raise UserError(f"{source} has {len(train) + len(test)} usable views, {len(train)} of them to train on",
                             "; ".join(skipped) or "a radiance field needs several views")
-        origin = np.array([view.camera[3:12:4] for view in train + test])
-        middle = origin.mean(0)
-        if capture and np.linalg.norm(origin - middle, axis=1).max() < 1e-4 * (1 + np.linalg.norm(middle)):
-            raise UserError(f"{path}: all cameras are in one place", "depth shows only from several places")
-
+    origin = np.array([view.camera[3:12:4] for view in train])
+    middle = origin.mean(0)
+    if capture and np.linalg.norm(origin - middle, axis=1).max() < 1e-4 * (1 + np.linalg.norm(middle)):
+        raise UserError(f"{source}: all cameras are in one place", "depth shows only from several places")
     alpha = "mask" if capture else "background"
-    train, test = [pack_views(views, "none" if all(view.opaque for view in views) else alpha)
-                   for views in (train, test)]
-    return types.SimpleNamespace(train=train, test=test, split=split, capture=capture, placement=placement,
-                                 skipped=skipped)
+    return types.SimpleNamespace(train=pack_views(train, alpha), test=pack_views(test, alpha), split=split,
+                                 capture=capture, placement=placement, skipped=skipped)
 
 
 def over_white(rgba):
