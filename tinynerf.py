@@ -87,8 +87,7 @@ class UserError(Exception):
 
 # ---- Scenes ---------------------------------------------------------------------------------------------------------
 
-# What a frame, or its file for all frames, may say of a lens, and the bounds of each number; see
-# https://docs.nerf.studio/quickstart/data_conventions.html
+# What a frame, or its file for all frames, may say of a lens, and within which bounds: instant-ngp's names
 DISTORTION = ("k1", "k2", "k3", "k4", "p1", "p2")
 INTRINSICS = {**dict.fromkeys(("fl_x", "fl_y", "w", "h"), (0, 1e6)),
               **dict.fromkeys(("camera_angle_x", "camera_angle_y"), (0, math.pi)),
@@ -201,7 +200,7 @@ def load_view(f, folder, downscale, capture):
         trains = rgba[..., 3] >= 128
         try:
             if f.mask is not None:
-                trains = np.stack([trains, read_image(os.path.join(folder, f.mask))[..., :3].any(2)]).all(0)
+                trains = np.stack([trains, read_image(os.path.join(folder, f.mask))[..., 0] > 0]).all(0)
         except (UserError, ValueError):              # cannot be stacked
             problem = ("a mask that cannot be read or has another size: it is not used", f.mask)
         rgba[..., 3] = np.where(trains, 255, 0)
@@ -336,9 +335,8 @@ def load_scene(folder, downscale=1):
     if not os.path.isdir(folder):
         raise UserError(f"no such folder: {folder}", "data/lego comes along; data/README.md lists others")
     path = {split: os.path.join(folder, f"transforms_{split}.json") for split in ("train", "test", "val")}
-    capture, source = not os.path.exists(path["train"]), path["train"]
-    if capture:
-        source = os.path.join(folder, "transforms.json")
+    capture = not os.path.exists(path["train"])
+    source = os.path.join(folder, "transforms.json") if capture else path["train"]
     if os.path.exists(source):
         meta = read_json(source)
     else:
@@ -354,8 +352,7 @@ def load_scene(folder, downscale=1):
             train, test, split = split_views(meta if capture else {}, train)
         except (ValueError, TypeError, RecursionError) as error:
             raise UserError(f"{source} is not usable: {one_line(error)}", "mend or remove that entry")
-        n_train, n_test = (2, 1) if capture else (1, 1)
-        if len(train) < n_train or len(test) < n_test:
+        if len(train) < (2 if capture else 1):       # so many or more: then there is one to test with, too
             raise UserError(f"{source} has {len(train) + len(test)} usable views, {len(train)} of them to train on",
                             "; ".join(skipped) or "a radiance field needs several views")
     origin = np.array([view.camera[3:12:4] for view in train])
