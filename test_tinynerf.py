@@ -15,10 +15,12 @@ import os
 import re
 import shlex
 import shutil
+import time
 import types
 
 import imageio.v3 as imageio
 import numpy as np
+import PIL.Image
 import pytest
 import taichi as ti
 
@@ -1162,6 +1164,13 @@ def test_repeat(steady):
 
 # ---- Scenes, measures, cameras --------------------------------------------------------------------------------------
 
+def view_images(views):
+    """The pictures of a namespace of views, straight RGBA."""
+    if hasattr(views, "rgba"):
+        return list(views.rgba)
+    return [tinynerf.view_image(views, i) for i in range(len(views.names))]
+
+
 def write_scene(folder, n_train=3, n_test=2, size=8, held_out="test", ending=".png"):
     """The sphere as a folder in Blender's format."""
     for split, n in (("train", n_train), (held_out, n_test)):
@@ -1170,7 +1179,7 @@ def write_scene(folder, n_train=3, n_test=2, size=8, held_out="test", ending=".p
             os.makedirs(folder / split)
             frames = []
             for i in range(n):
-                imageio.imwrite(folder / split / f"r_{i}.png", views.rgba[i])
+                imageio.imwrite(folder / split / f"r_{i}.png", view_images(views)[i])
                 pose = np.vstack([views.camera[i, :12].reshape(3, 4), [0, 0, 0, 1]])
                 frames.append(dict(file_path=f"./{split}/r_{i}" + ending, transform_matrix=pose.tolist()))
             meta = dict(camera_angle_x=2 * math.atan(0.5 / 1.4), frames=frames)
@@ -1178,54 +1187,409 @@ def write_scene(folder, n_train=3, n_test=2, size=8, held_out="test", ending=".p
     return folder
 
 
+def photo_name(i):
+    return f"images/{i:02d}.png"
+
+
+def write_capture(folder, n=10, width=12, height=8, change=lambda meta: None):
+    """n photos of noise around the origin and their transforms.json, which lists them from the last to the first."""
+    rng = np.random.default_rng(5)
+    os.makedirs(folder / "images")
+    meta = dict(fl_x=10.0, fl_y=11.0, cx=5.5, cy=4.25, w=float(width), h=height, frames=[])
+    for i in range(n):
+        imageio.imwrite(folder / photo_name(i), rng.integers(0, 256, (height, width, 3), np.uint8))
+        camera = look_at([4 * math.cos(i), 4 * math.sin(i), 1], [0, 0, 0], 10, width, height)
+        pose = np.vstack([camera[:12].reshape(3, 4), [0, 0, 0, 1]])
+        meta["frames"].insert(0, dict(file_path=photo_name(i), transform_matrix=pose.tolist()))
+    change(meta)
+    (folder / "transforms.json").write_text(json.dumps(meta))
+    return folder
+
+
+def load_capture(folder, change=lambda meta: None, downscale=1):
+    """The scene of write_capture after a change of its transforms.json, which stays as it is on disk; its test views
+    are put first, so that view i is photo i where photos 0 and 8 are held out."""
+    text = (folder / "transforms.json").read_text()
+    change_json(folder / "transforms.json", change)
+    try:
+        scene = tinynerf.load_scene(str(folder), downscale)
+    finally:
+        (folder / "transforms.json").write_text(text)
+    names = scene.train.names + scene.test.names
+    cameras = dict(zip(names, [*scene.train.camera, *scene.test.camera]))
+    images = dict(zip(names, view_images(scene.train) + view_images(scene.test)))
+    lenses = dict(zip(names, [*scene.train.size[:, 3], *scene.test.size[:, 3]]))
+    return scene, types.SimpleNamespace(names=sorted(names), cameras=cameras, images=images, lenses=lenses)
+
+
+@pytest.fixture
+def capture(tmp_path):
+    return write_capture(tmp_path / "capture")
+
+
+def opaque(rgb):
+    return np.concatenate([rgb, np.full_like(rgb[..., :1], 255)], 2)
+
+
 @pytest.mark.parametrize("ending", ["", ".png"])
 def test_load_scene(tmp_path, ending):
     """Pictures, poses or focal lengths of a scene are read wrongly."""
-    train, test, split = tinynerf.load_scene(str(write_scene(tmp_path, ending=ending)))
-    want = sphere_views(3, 8)
-    assert split == "test" and len(test.rgba) == 2 and (train.width, train.height) == (8, 8) and train.has_alpha
-    assert np.array_equal(train.rgba, want.rgba)
-    assert_close("camera", train.camera, want.camera, 1e-6)
+    scene = tinynerf.load_scene(str(write_scene(tmp_path, ending=ending)))
+    train, want = scene.train, sphere_views(3, 8)
+    assert (scene.split, scene.capture, scene.placement, scene.skipped) == ("test", False, {}, [])
+    assert len(scene.test.names) == 2 and train.names == [f"train/r_{i}{ending}" for i in range(3)]
+    assert train.pixels.dtype == np.uint32 and train.size.dtype == np.int32 and train.camera.dtype == np.float32
+    assert train.size.tolist() == [[64 * i, 8, 8, 0] for i in range(3)] and train.alpha == "background"
+    assert np.array_equal(view_images(train), view_images(want))
+    assert train.pixels[70] == int.from_bytes(view_images(want)[1][0, 6].tobytes(), "little")
+    assert_close("pose", train.camera[:, :12], want.camera[:, :12], 1e-6)
+    assert_close("intrinsics", train.camera[:, 12:16], np.tile([1.4 * 8, 1.4 * 8, 4, 4], (3, 1)), 1e-6)
+    assert train.camera.shape == (3, 22) and not train.camera[:, 16:].any()
+
+
+def test_mixed_sizes(tmp_path):
+    """Pictures of several sizes in a scene are read as if they were of one size."""
+    folder, rgb = write_scene(tmp_path), np.arange(6 * 11 * 3, dtype=np.uint8).reshape(6, 11, 3)
+    imageio.imwrite(folder / "train" / "r_1.png", rgb)
+    train = tinynerf.load_scene(str(folder)).train
+    assert train.size.tolist() == [[0, 8, 8, 0], [64, 11, 6, 0], [64 + 66, 8, 8, 0]]
+    assert np.array_equal(view_images(train)[1], opaque(rgb)) and len(train.pixels) == 64 + 66 + 64
+    assert np.array_equal(view_images(train)[2], view_images(sphere_views(3, 8))[2])
+    assert_close("intrinsics", train.camera[1, 12:16], [1.4 * 11, 1.4 * 11, 5.5, 3], 1e-6)
+    train.size[1, 3] = 1
+    some = tinynerf.select_views(train, np.array([False, True, True]))
+    assert some.size.tolist() == [[0, 11, 6, 1], [66, 8, 8, 0]] and some.names == train.names[1:]
+    assert np.array_equal(some.pixels, train.pixels[64:]) and np.array_equal(some.camera, train.camera[1:])
 
 
 def test_held_out_views(tmp_path):
     """Without a test split, other views than those of val, or than every 8th, are held out."""
-    assert tinynerf.load_scene(str(write_scene(tmp_path / "a", held_out="val")))[2] == "val"
-    scene = write_scene(tmp_path / "b", n_train=17, n_test=0)
-    train, test, split = tinynerf.load_scene(str(scene))
-    assert split == "every 8th of train" and (len(train.rgba), len(test.rgba)) == (14, 3)
-    want = sphere_views(17, 8).rgba
-    assert np.array_equal(test.rgba, want[::8]) and np.array_equal(train.rgba[:7], want[1:8])
+    folder = write_scene(tmp_path / "a", held_out="val")
+    assert tinynerf.load_scene(str(folder)).split == "val"
+    shutil.copy(folder / "transforms_train.json", folder / "transforms_test.json")
+    assert tinynerf.load_scene(str(folder)).split == "test"
+    scene = tinynerf.load_scene(str(write_scene(tmp_path / "b", n_train=17, n_test=0)))
+    train, test = view_images(scene.train), view_images(scene.test)
+    assert scene.split == "every 8th of train" and (len(train), len(test)) == (14, 3)
+    want = view_images(sphere_views(17, 8))
+    assert np.array_equal(test, want[::8]) and np.array_equal(train[:7], want[1:8])
+
+
+def test_load_capture(capture):
+    """Photos are not sorted, not every 8th is held out, or what the file says for all of them is lost."""
+    scene, views = load_capture(capture, lambda meta: meta.update(
+        k1=0.1, k2=-0.2, k3=0.3, k4=-0.4, p1=0.5, p2=-0.6, aabb_scale=4, scale=0.5, offset=[0, 1.5, -2]))
+    assert (scene.split, scene.capture, scene.skipped) == ("every 8th of train", True, [])
+    assert scene.placement == dict(aabb_scale=4, scale=0.5, offset=[0, 1.5, -2])
+    assert scene.test.names == [photo_name(0), photo_name(8)]
+    assert scene.train.names == [photo_name(i) for i in range(10) if i % 8]
+    assert scene.train.alpha == scene.test.alpha == "none"
+    frames = json.loads((capture / "transforms.json").read_text())["frames"]
+    for i, frame in enumerate(reversed(frames)):
+        name = photo_name(i)
+        assert np.array_equal(views.images[name], opaque(imageio.imread(capture / name)))
+        assert_close(name, views.cameras[name], np.concatenate([
+            np.ravel(frame["transform_matrix"][:3]), [10, 11, 5.5, 4.25, 0.1, -0.2, 0.3, -0.4, 0.5, -0.6]]), 1e-6)
+        assert views.lenses[name] == 0
+    assert load_capture(capture)[0].placement == {}
+    assert load_capture(capture, lambda meta: meta.update(aabb_scale=16))[0].placement == dict(aabb_scale=16)
+
+
+def drop(meta, *keys):
+    for key in keys:
+        del meta[key]
+
+
+ANGLE = 0.8
+INTRINSICS = {                                       # photos are 12x8: fx, fy, cx, cy, k1 of photo 3, and its lens
+    "file": (lambda m: None, [10, 11, 5.5, 4.25, 0], 0),
+    "square pixels, centred": (lambda m: drop(m, "fl_y", "cx", "cy", "w", "h"), [10, 10, 6, 4, 0], 0),
+    "null": (lambda m: m.update(fl_y=None, cx=None, k1=None, camera_model=None, w=None), [10, 10, 6, 4.25, 0], 0),
+    "angle": (lambda m: (drop(m, "fl_x", "w", "h"), m.update(camera_angle_x=ANGLE)),
+              [6 / math.tan(ANGLE / 2), 6 / math.tan(ANGLE / 2), 5.5, 4.25, 0], 0),
+    "angles": (lambda m: (drop(m, "fl_x"), m.update(camera_angle_x=ANGLE, camera_angle_y=ANGLE)),
+               [6 / math.tan(ANGLE / 2), 4 / math.tan(ANGLE / 2), 5.5, 4.25, 0], 0),
+    "other angle": (lambda m: (drop(m, "fl_x"), m.update(camera_angle_y=ANGLE)),
+                    [4 / math.tan(ANGLE / 2), 4 / math.tan(ANGLE / 2), 5.5, 4.25, 0], 0),
+    "angle and focal length": (lambda m: m.update(camera_angle_x=ANGLE, camera_angle_y=1.0), [10, 11, 5.5, 4.25, 0], 0),
+    "frame": (lambda m: m["frames"][6].update(fl_x=20, fl_y=21, cx=1, cy=2, k1=0.1), [20, 21, 1, 2, 0.1], 0),
+    "frame only": (lambda m: (drop(m, "fl_x", "fl_y", "cx", "cy", "w", "h"), [f.update(
+        fl_x=20 + i, w=12, h=8) for i, f in enumerate(m["frames"])]), [26, 26, 6, 4, 0], 0),
+    "half as large": (lambda m: m.update(w=24, h=16, k1=0.1), [5, 5.5, 2.75, 2.125, 0.1], 0),
+    "as large within a pixel": (lambda m: m.update(w=120, h=77), [1, 1.1, 0.55, 0.425, 0], 0),
+    "larger": (lambda m: m.update(w=6, h=4, cx=3, cy=2), [20, 22, 6, 4, 0], 0),
+    "pinhole": (lambda m: m.update(camera_model="PINHOLE"), [10, 11, 5.5, 4.25, 0], 0),
+    "opencv": (lambda m: m.update(camera_model="OPENCV", is_fisheye=False), [10, 11, 5.5, 4.25, 0], 0),
+    "nerfstudio's fisheye": (lambda m: m.update(camera_model="OPENCV_FISHEYE", k1=0.1), [10, 11, 5.5, 4.25, 0.1], 1),
+    "instant-ngp's fisheye": (lambda m: m.update(is_fisheye=True), [10, 11, 5.5, 4.25, 0], 1),
+    "one frame's fisheye": (lambda m: m["frames"][6].update(camera_model="OPENCV_FISHEYE"), [10, 11, 5.5, 4.25, 0], 1),
+}
+
+
+@pytest.mark.parametrize("what", INTRINSICS)
+def test_intrinsics(capture, what):
+    """What a transforms file says of its lens is read wrongly, from the wrong place, or for another size."""
+    change, want, lens = INTRINSICS[what]
+    scene, views = load_capture(capture, change)
+    assert scene.skipped == [] and len(views.names) == 10
+    assert_close(what, views.cameras[photo_name(3)][12:17], want, 1e-6)
+    assert views.lenses[photo_name(3)] == lens
+    if "frame" in what:
+        assert np.abs(views.cameras[photo_name(2)][12:17] - want).max() > 0.5 or views.lenses[photo_name(2)] != lens
+
+
+def test_file_names(capture):
+    """A photo is not found as instant-ngp's and nerfstudio's scripts spell it."""
+    os.makedirs(capture.parent / "elsewhere")
+    shutil.move(capture / "images" / "03.png", capture.parent / "elsewhere")
+    names = ["./images/00.png", "images/01", ".\\images\\02.png", "../elsewhere/03.png",
+             str(capture / "images" / "04.png")]
+    change_json(capture / "transforms.json", lambda m: [m["frames"][9 - i].update(file_path=name)
+                                                        for i, name in enumerate(names)])
+    text = (capture / "transforms.json").read_text()
+    (capture / "transforms.json").write_text(text, encoding="utf-8-sig")     # with a byte order mark
+    scene = tinynerf.load_scene(str(capture))
+    want = [names[3], names[4]] + [photo_name(0), names[1]] + [photo_name(i) for i in (2, 5, 6, 7, 8, 9)]
+    assert scene.skipped == [] and scene.test.names == [want[0], want[8]]
+    assert scene.train.names == want[1:8] + want[9:]
+
+
+def test_left_out(capture):
+    """A frame that cannot be used is used, takes others along, or is not told of."""
+    def change(meta):
+        frames = {frame["file_path"]: frame for frame in meta["frames"]}
+        frames[photo_name(1)]["transform_matrix"][1][3] = float("nan")
+        frames[photo_name(2)]["transform_matrix"][0] = [2, 0, 0, 1]
+        frames[photo_name(3)]["transform_matrix"][2] = [-x for x in frames[photo_name(3)]["transform_matrix"][2]]
+        meta["frames"].append(dict(frames[photo_name(4)], fl_x=99))
+        frames[photo_name(9)].update(w=8, h=13)
+    for i in (5, 6):
+        os.remove(capture / photo_name(i))
+    whole = (capture / photo_name(7)).read_bytes()
+    (capture / photo_name(7)).write_bytes(whole[:len(whole) // 2])
+    scene, views = load_capture(capture, change)
+    assert views.names == [photo_name(i) for i in (0, 4, 8)] and scene.test.names == [photo_name(0)]
+    assert views.cameras[photo_name(4)][12] == 10                            # the earlier one
+    lines = sorted(scene.skipped)
+    assert [line[:14] for line in lines] == ["1 of 11 frames", "2 of 11 frames", "2 of 11 frames", "3 of 11 frames"]
+    assert "1 of 11 frames has the name of an earlier frame (first: images/04.png)" in lines
+    assert "2 of 11 frames have no image (first: images/05.png)" in lines
+    assert any(line.startswith("3 of 11 frames have a pose") and "images/01.png" in line for line in lines)
+    assert any(line.startswith("2 of 11 frames have no usable image") and "07.png" in line for line in lines)
+    assert "images/09.png" in load_capture(capture, lambda m: m["frames"][0].update(w=24, h=16))[1].names
+    (capture / photo_name(7)).write_bytes(whole)
+    scene, _ = load_capture(capture, lambda m: m["frames"][0].update(w=8, h=13))
+    assert any("09.png: it is 12x8, its intrinsics say 8x13" in line for line in scene.skipped)
+
+
+def test_listed_splits(capture):
+    """nerfstudio's lists of file names do not decide what is trained on."""
+    def split(**lists):
+        scene, _ = load_capture(capture, lambda meta: meta.update(
+            {f"{key}_filenames": [f"./images/{i:02d}.png" for i in numbers] for key, numbers in lists.items()}))
+        return scene.split, [[int(name[7:9]) for name in views.names] for views in (scene.train, scene.test)]
+    assert split(test=[9, 2], val=[1]) == ("test_filenames", [[0, 1, 3, 4, 5, 6, 7, 8], [2, 9]])
+    assert split(train=[0, 1, 3], val=[1, 2]) == ("val_filenames", [[0, 3], [1, 2]])
+    assert split(train=[0, 1, 3], val=[4], test=[]) == ("val_filenames", [[0, 1, 3], [4]])
+    assert split(train=[1, 3, 4, 7], test=[77]) == ("every 8th of train", [[3, 4, 7], [1]])
+
+
+def test_masks(capture, rng):
+    """Pixels that are masked train, or others do not."""
+    mask = rng.integers(0, 2, (8, 12)).astype(np.uint8)
+    names = ["mask.png", "none.png", "small.png", "text.png"]
+    imageio.imwrite(capture / "mask.png", mask)                              # 0 and 1: all but 0 trains
+    imageio.imwrite(capture / "small.png", mask[:1])
+    (capture / "text.png").write_text("no mask")
+    rgba = rng.integers(0, 256, (8, 12, 4), np.uint8)
+    imageio.imwrite(capture / photo_name(6), rgba)
+
+    def change(meta):
+        for i, name in enumerate(names):
+            meta["frames"][9 - (i + 1)]["mask_path"] = "./" + name
+        meta["frames"][9 - 7]["mask_path"] = "mask.png"
+    imageio.imwrite(capture / photo_name(7), rgba)
+    scene, views = load_capture(capture, change)
+    photo, images = imageio.imread(capture / photo_name(1)), views.images
+    assert scene.train.alpha == "mask" and scene.test.alpha == "none" and len(views.names) == 10
+    assert np.array_equal(images[photo_name(1)], np.dstack([photo, mask * 255]))
+    for i in (2, 3, 4):
+        assert (images[photo_name(i)][..., 3] == 255).all()
+    assert len(scene.skipped) == 1 and scene.skipped[0].startswith("3 of 10 frames have a mask")
+    assert "none.png" in scene.skipped[0]
+    assert np.array_equal(images[photo_name(6)], np.dstack([rgba[..., :3], (rgba[..., 3] >= 128) * np.uint8(255)]))
+    assert np.array_equal(images[photo_name(7)][..., 3], 255 * (mask * (rgba[..., 3] >= 128)))
+
+    mask = np.ones((8, 12), np.uint8)
+    mask[0, 0] = mask[6:, 9:] = 0                    # in blocks of 3x3 of which the last two rows are cropped
+    imageio.imwrite(capture / "mask.png", mask)
+    small = load_capture(capture, change, downscale=3)[1].images[photo_name(1)]
+    assert np.array_equal(small[..., 3], [[0, 255, 255, 255], [255] * 4])
+    want = photo[:3, :3].reshape(9, 3)[1:].mean(0)   # only what trains counts, though nothing will see it
+    assert np.abs(small[0, 0, :3] - want).max() <= 0.501
+
+
+def write_turned(path, image, orientation):
+    """A photo as a camera stores it that was held upright, with the EXIF entry that says so."""
+    exif = PIL.Image.Exif()
+    exif[0x0112] = orientation
+    PIL.Image.fromarray(image).save(path, exif=exif)
+
+
+def test_exif(capture, rng):
+    """A photo is turned although its reconstruction has not seen it turned, or the other way round."""
+    upright = rng.integers(0, 256, (12, 8, 3), np.uint8)
+    stored = np.rot90(upright)                       # orientation 6: to be seen, it is turned by 90 degrees clockwise
+    write_turned(capture / photo_name(3), stored, 6)
+    _, views = load_capture(capture)                                         # intrinsics say 12x8
+    assert np.array_equal(views.images[photo_name(3)], opaque(stored))
+    for w, h in ((8, 12), (16, 24)):
+        _, views = load_capture(capture, lambda m: m["frames"][6].update(w=w, h=h))
+        assert np.array_equal(views.images[photo_name(3)], opaque(upright))
+        assert_close("focal length", views.cameras[photo_name(3)][12:14], np.array([10, 11]) * 8 / w, 1e-6)
+    for orientation in (1, 3):                       # no quarter turn: the size stays wrong
+        write_turned(capture / photo_name(3), stored, orientation)
+        scene, views = load_capture(capture, lambda m: m["frames"][6].update(w=8, h=12))
+        assert photo_name(3) not in views.names and "12x8, its intrinsics say 8x12" in scene.skipped[0]
+        _, views = load_capture(capture)
+        assert np.array_equal(views.images[photo_name(3)], opaque(stored))
+    write_turned(capture / photo_name(3), stored, 6)
+    _, views = load_capture(capture, lambda m: [m.pop("w"), m.pop("h")])     # no size to fit: as it is stored
+    assert np.array_equal(views.images[photo_name(3)], opaque(stored))
 
 
 def test_image_formats(tmp_path, rng):
-    """RGB, grey, 16-bit or palette-free images are read as other colors."""
-    color = rng.integers(0, 256, (5, 6, 4), np.uint8)
-    deep = rng.integers(0, 65536, (5, 6), np.uint16)
-    for name, image, want in (("rgba", color, color), ("rgb", color[..., :3], color[..., :3]),
-                              ("grey", color[..., 0], color[..., :1]), ("deep", deep, (deep >> 8)[..., None])):
-        imageio.imwrite(tmp_path / f"{name}.png", image)
-        got = tinynerf.read_image(str(tmp_path / f"{name}.png"))
-        assert got.dtype == np.uint8 and got.shape == (5, 6, 4)
-        assert np.array_equal(got[..., :3], np.broadcast_to(want[..., :3], (5, 6, 3))), name
-        assert np.array_equal(got[..., 3], want[..., 3] if name == "rgba" else np.full((5, 6), 255)), name
+    """Pictures that are not plain RGB of 8 bits are read as other colors."""
+    color, deep = rng.integers(0, 256, (5, 6, 4), np.uint8), rng.integers(0, 65536, (5, 6), np.uint16)
+    grey, full = color[..., 0], np.full((5, 6), 255, np.uint8)
+    smooth = np.dstack([np.full((32, 32), c, np.uint8) for c in (200, 90, 30)])          # what JPEG leaves as it is
+    palette = PIL.Image.fromarray(color[..., :3]).quantize(16)
+    clear = palette.copy()
+    clear.info["transparency"] = 3
+    fourth = np.where(np.asarray(palette) == 3, 0, 255).astype(np.uint8)
+    drawn = np.asarray(palette.convert("RGB"))
+    cmyk = PIL.Image.fromarray(smooth).convert("CMYK")
+    for name, image, want in (
+            ("rgba.png", color, color), ("rgb.png", color[..., :3], np.dstack([color[..., :3], full])),
+            ("grey.png", grey, np.dstack([grey, grey, grey, full])),
+            ("grey_alpha.png", color[..., :2], np.dstack([grey, grey, grey, color[..., 1]])),
+            ("deep.png", deep, np.dstack([(deep >> 8).astype(np.uint8)] * 3 + [full])),
+            ("bits.png", grey > 99, np.dstack([np.where(grey > 99, 255, 0).astype(np.uint8)] * 3 + [full])),
+            ("palette.png", palette, np.dstack([drawn, full])), ("clear.png", clear, np.dstack([drawn, fourth])),
+            ("lossless.webp", color, None), ("rgb.jpg", smooth, opaque(smooth)), ("cmyk.jpg", cmyk, opaque(smooth)),
+            ("grey.jpg", smooth[..., 0], opaque(np.dstack([smooth[..., 0]] * 3)))):
+        image = image if isinstance(image, PIL.Image.Image) else PIL.Image.fromarray(image)
+        image.save(tmp_path / name, lossless=True)
+        got = tinynerf.read_image(str(tmp_path / name))
+        assert got.dtype == np.uint8 and got.ndim == 3 and got.shape[2] == 4, name
+        if want is None:                             # colors of clear pixels may change
+            seen = color[..., 3] > 0
+            assert np.array_equal(got[..., 3], color[..., 3]) and np.array_equal(got[seen], color[seen])
+        else:
+            assert np.abs(got.astype(int) - want).max() <= (3 if name.endswith("jpg") else 0), name
 
 
 def test_downscale(tmp_path, rng):
     """--downscale does not average premultiplied colors, or does not scale the camera along."""
-    folder, size, factor = write_scene(tmp_path, size=11), 11, 3
+    folder, size, factor = write_scene(tmp_path / "scene", size=11), 11, 3
     rgba = rng.integers(0, 256, (11, 11, 4), np.uint8)
     rgba[:3, :3, 3] = 0
     imageio.imwrite(folder / "train" / "r_0.png", rgba)
-    views, full = tinynerf.load_views(str(folder), "train", factor), tinynerf.load_views(str(folder), "train")
+    views, full = tinynerf.load_scene(str(folder), factor).train, tinynerf.load_scene(str(folder)).train
     blocks = rgba[:9, :9].reshape(3, factor, 3, factor, 4) / 255.0           # 11 = 3 * 3 + 2: two are cropped
     alpha = blocks[..., 3].mean((1, 3))
     premultiplied = (blocks[..., :3] * blocks[..., 3:]).mean((1, 3))
-    got = views.rgba[0] / 255.0
-    assert views.rgba.shape == (3, 3, 3, 4) and np.abs(got[..., 3] - alpha).max() <= 0.5001 / 255
+    got = view_images(views)[0] / 255.0
+    assert views.size.tolist() == [[9 * i, 3, 3, 0] for i in range(3)]
+    assert np.abs(got[..., 3] - alpha).max() <= 0.5001 / 255
     assert np.abs(got[..., :3] * alpha[..., None] - premultiplied).max() <= 0.5001 / 255
-    assert_close("downscaled camera", views.camera[:, 12:] * factor, full.camera[:, 12:], 1e-6)
+    assert_close("downscaled camera", views.camera[:, 12:16] * factor, full.camera[:, 12:16], 1e-6)
     assert np.array_equal(views.camera[:, :12], full.camera[:, :12])
+
+    _, views = load_capture(write_capture(tmp_path / "capture"), lambda m: m.update(k1=0.1, w=24, h=16), 3)
+    assert views.images[photo_name(3)].shape == (2, 4, 4)                    # two of eight rows are cropped
+    assert_close("a capture's", views.cameras[photo_name(3)][12:17] * [6, 6, 6, 6, 1], [10, 11, 5.5, 4.25, 0.1], 1e-6)
+
+
+def test_too_many_pixels():
+    """The index of a pixel overflows."""
+    view = dict(rgba=np.broadcast_to(np.uint8(0), (2**15, 2**15, 4)), lens=0, camera=np.zeros(22), name="large")
+    with pytest.raises(tinynerf.UserError, match=r"2147483648 pixels") as error:
+        tinynerf.pack_views([types.SimpleNamespace(**view) for _ in range(2)], "none")
+    assert "--downscale" in error.value.hint
+
+
+def test_converted_capture(tmp_path, monkeypatch):
+    """A folder of another format is not converted, or what is wrong with it is not told."""
+    monkeypatch.setattr(tinynerf, "__file__", str(tmp_path / "tinynerf.py"))
+    folder = write_capture(tmp_path / "capture")
+    os.rename(folder / "transforms.json", folder / "cameras.json")
+    with pytest.raises(tinynerf.UserError, match="transforms.json"):         # there is no converter
+        tinynerf.load_scene(str(folder))
+    os.makedirs(tmp_path / "data")
+    for code, word in (("import json; return json.load(open(folder + '/cameras.json'))", None),
+                       ("return None", "no transforms_train.json or transforms.json in"), ("return {}", "frames"),
+                       ("raise ValueError('cameras.bin is\\n cut off')", "cameras.bin is cut off")):
+        (tmp_path / "data" / "convert.py").write_text(f"def convert(folder):\n    {code}\n")
+        if word:
+            with pytest.raises(tinynerf.UserError, match=word):
+                tinynerf.load_scene(str(folder))
+        else:
+            scene = tinynerf.load_scene(str(folder))
+            assert scene.capture and len(scene.train.names) == 8
+
+
+def try_to_load(folder):
+    """Loads what may be broken: a scene, or a UserError of two lines; in either case soon."""
+    start = time.perf_counter()
+    try:
+        scene = tinynerf.load_scene(str(folder))
+        assert np.isfinite(scene.train.camera).all() and len(scene.train.names) > 0
+        assert all("\n" not in line for line in scene.skipped)
+        return 1
+    except tinynerf.UserError as error:
+        for line in (str(error), error.hint):
+            assert line.strip() and len(line.splitlines()) == 1, line
+            line.encode()                            # a lone surrogate could not be printed
+        return 0
+    finally:
+        assert time.perf_counter() - start < 10
+
+
+NASTY = ["NaN", "-Infinity", "1e999", "-1", "0", "1e308", "9" * 400, "9" * 5000, "null", "true", "[]", "{}",
+         '""', '"\\n"', '"\\ud800"', "[" * 9999, "[" * 40 + "]" * 40, '"' + "x" * 5000 + '"', '"images"', "\x00",
+         "[[1, 2], [3]]", '{"file_path": "images/00.png"}', "\ufeff"]
+
+
+@pytest.mark.parametrize("kind", ["transforms.json", "transforms_train.json", "png", "jpg"])
+def test_broken_files(tmp_path, kind):
+    """A file that is broken somewhere ends in a traceback, or takes forever."""
+    rng = np.random.default_rng(7)
+    if kind == "transforms_train.json":
+        folder = write_scene(tmp_path / "scene", n_test=0)
+    else:
+        folder = write_capture(tmp_path / "scene", 4, change=lambda m: m.update(
+            k1=0.1, is_fisheye=False, camera_model="OPENCV", aabb_scale=4, offset=[0, 0, 0], train_filenames=[]))
+    path = folder / (photo_name(1) if kind in ("png", "jpg") else kind)
+    if kind == "jpg":                                # photos are known by their contents
+        write_turned(tmp_path / "photo.jpg", np.full((8, 12, 3), 90, np.uint8), 6)
+        shutil.copy(tmp_path / "photo.jpg", path)
+    whole, usable = path.read_bytes(), 0
+    for i in range(60):
+        if "json" in kind and i % 3:                 # another value in the place of one
+            found = list(re.finditer(rb'-?\d[\d.e-]*|"[^"]*"|true|false|\[[^\[\]]*\]', whole))
+            place = found[rng.integers(len(found))]
+            content = whole[:place.start()] + NASTY[i % len(NASTY)].encode() + whole[place.end():]
+        else:
+            start, n = rng.integers(len(whole)), rng.integers(1, 9)
+            middle = [rng.bytes(n), b"", rng.bytes(n) * 2, whole[start:start + n] * 9][rng.integers(4)]
+            end = len(whole) if rng.random() < 0.2 else start + n
+            content = whole[:start] + middle + whole[end:]
+        path.write_bytes(content)
+        usable += try_to_load(folder)
+    print(f"{kind}: {usable} of 60 could be used")
+    path.write_bytes(whole)
+    assert try_to_load(folder)
 
 
 def test_measures(rng):
@@ -1356,7 +1720,9 @@ def change_json(path, change):
 
 SCENE_MISTAKES = {
     "no folder": ("no such folder", lambda s: shutil.rmtree(s)),
-    "no transforms": ("transforms_train.json", lambda s: os.remove(s / "transforms_train.json")),
+    "another size than it says": ("r_1.png: it is 8x8, its intrinsics say 9x7", lambda s: change_json(
+        s / "transforms_train.json", lambda m: m["frames"][1].update(w=9, h=7))),
+    "no transforms": ("transforms_train.json or transforms.json", lambda s: os.remove(s / "transforms_train.json")),
     "broken JSON": ("transforms_train.json", lambda s: (s / "transforms_train.json").write_text('{"frames": [')),
     "a list": ("transforms_train.json", lambda s: (s / "transforms_train.json").write_text("[]")),
     "no frames": ("transforms_train.json", lambda s: change_json(
@@ -1372,7 +1738,6 @@ SCENE_MISTAKES = {
     "angle": ("camera_angle_x", lambda s: change_json(
         s / "transforms_test.json", lambda m: m.update(camera_angle_x=0))),
     "missing image": ("r_1", lambda s: os.remove(s / "train" / "r_1.png")),
-    "another size": ("9x8", lambda s: imageio.imwrite(s / "train" / "r_1.png", np.zeros((8, 9, 3), np.uint8))),
     "truncated image": ("r_1.png", lambda s: (s / "train" / "r_1.png").write_bytes(
         (s / "train" / "r_1.png").read_bytes()[:-60])),
     "no image at all": ("r_1.png", lambda s: (s / "train" / "r_1.png").write_bytes(b"GIF? no: nothing at all" * 9)),
@@ -1380,14 +1745,82 @@ SCENE_MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("what", SCENE_MISTAKES)
-def test_scene_mistakes(scene, mistake, what, monkeypatch):
-    """A scene that cannot be used ends in a traceback, is trained on, or leaves something half-written."""
+def all_but_two(change):
+    """A change of all frames but two, which are not enough."""
+    return lambda meta: [change(frame) for frame in meta["frames"][2:]]
+
+
+CAPTURE_MISTAKES = {
+    "too few photos": ("2 usable views", lambda m: m["frames"].__delitem__(slice(2, None))),
+    "too few images": ("2 usable views", all_but_two(lambda f: f.update(file_path="no" + f["file_path"]))),
+    "too few poses": ("2 usable views", all_but_two(lambda f: f["transform_matrix"][0].__setitem__(0, float("nan")))),
+    "too few sizes": ("2 usable views", all_but_two(lambda f: f.update(w=8, h=13))),
+    "nothing to train on": ("0 of them to train on", lambda m: m.update(train_filenames=["images/77.png"])),
+    "one place": ("in one place", lambda m: [f.update(transform_matrix=np.eye(4).tolist()) for f in m["frames"]]),
+    "one place, far away": ("in one place", lambda m: [f["transform_matrix"][i].__setitem__(3, 500 + 0.001 * n)
+                                                       for n, f in enumerate(m["frames"]) for i in range(3)]),
+    "no frames": ("frames", lambda m: m.pop("frames")),
+    "frames are numbers": ("transforms.json", lambda m: m.update(frames=[1, 2, 3])),
+    "frames are none": ("transforms.json", lambda m: m.update(frames=None)),
+    "no pose": ("transform_matrix", lambda m: m["frames"][1].pop("transform_matrix")),
+    "ragged pose": ("transforms.json", lambda m: m["frames"][1].update(transform_matrix=[[1, 2], [3]])),
+    "words in a pose": ("transforms.json", lambda m: m["frames"][1].update(transform_matrix=[["a\nb"] * 4] * 4)),
+    "a pose too large": ("transforms.json", lambda m: m["frames"][1].update(transform_matrix=[[10**400] * 4] * 4)),
+    "no file_path": ("file_path", lambda m: m["frames"][1].pop("file_path")),
+    "a number for a file": ("7 is not a file", lambda m: m["frames"][1].update(file_path=7)),
+    "two lines for a file": ("is not a file", lambda m: m["frames"][1].update(file_path="images\n.png")),
+    "surrogates for a file": ("is not a file", lambda m: m["frames"][1].update(file_path="\ud800.png")),
+    "a number for a mask": ("7 is not a file", lambda m: m["frames"][1].update(mask_path=7)),
+    "no focal length": ("fl_x", lambda m: m.pop("fl_x")),
+    "focal length 0": ("fl_x = 0", lambda m: m.update(fl_x=0)),
+    "focal length of words": ("fl_x = 'long'", lambda m: m.update(fl_x="long")),
+    "a frame's focal length": ("fl_x = True", lambda m: m["frames"][1].update(fl_x=True)),
+    "NaN": ("cx = nan", lambda m: m.update(cx=float("nan"))),
+    "infinity": ("k1 = inf", lambda m: m.update(k1=float("inf"))),
+    "a huge number": ("w = 1000", lambda m: m.update(w=10**400)),
+    "an angle": ("camera_angle_x = 3.2", lambda m: m.update(camera_angle_x=3.2)),
+    "a camera model": ("camera_model 'EQUIRECTANGULAR'", lambda m: m.update(camera_model="EQUIRECTANGULAR")),
+    "a frame's camera model": ("camera_model ['OPENCV']", lambda m: m["frames"][1].update(camera_model=["OPENCV"])),
+    "aabb_scale": ("aabb_scale = nan", lambda m: m.update(aabb_scale=float("nan"))),
+    "scale": ("scale = 0", lambda m: m.update(scale=0)),
+    "offset": ("offset is not three numbers", lambda m: m.update(offset=[1, 2])),
+    "offset of nothing": ("offset is not three numbers", lambda m: m.update(offset=[1, 2, None])),
+    "offset infinite": ("offset = inf", lambda m: m.update(offset=[1, 2, float("inf")])),
+    "a number for a list": ("transforms.json", lambda m: m.update(test_filenames=5)),
+    "a list of numbers": ("5 is not a file", lambda m: m.update(train_filenames=[5])),
+}
+BROKEN_JSON = {"cut off": b'{"frames": [', "a list": b"[]", "a word": b'"frames"', "no text": b"\xff\xfe\x00",
+               "empty": b"", "deep": b"[" * 100000,
+               "deep pose": b'{"frames": [{"file_path": "a", "transform_matrix": %s}]}' % (b"[" * 500 + b"]" * 500)}
+
+
+@pytest.fixture
+def no_training(monkeypatch):
     monkeypatch.setattr(tinynerf, "start_taichi", lambda arch: pytest.fail("the scene was taken"))
+
+
+@pytest.mark.parametrize("what", SCENE_MISTAKES)
+def test_scene_mistakes(scene, mistake, what, no_training):
+    """A scene that cannot be used ends in a traceback, is trained on, or leaves something half-written."""
     word, spoil = SCENE_MISTAKES[what]
     spoil(scene)
     mistake(word, "train", scene, "--steps", 1, "--arch", ARCH, "--out", "run")
     mistake(word, "train", scene, "--steps", 1, "--arch", ARCH)
+
+
+@pytest.mark.parametrize("what", CAPTURE_MISTAKES)
+def test_capture_mistakes(capture, mistake, what, no_training):
+    """A capture that cannot be used ends in a traceback, or is trained on."""
+    word, change = CAPTURE_MISTAKES[what]
+    change_json(capture / "transforms.json", change)
+    mistake(word, "train", capture, "--steps", 1, "--arch", ARCH)
+
+
+@pytest.mark.parametrize("what", BROKEN_JSON)
+def test_broken_json(capture, mistake, what, no_training):
+    """What is no transforms file ends in a traceback."""
+    (capture / "transforms.json").write_bytes(BROKEN_JSON[what])
+    mistake("transforms.json", "train", capture, "--steps", 1, "--arch", ARCH)
 
 
 def test_option_mistakes(scene, mistake, tmp_path):
@@ -1403,6 +1836,7 @@ def test_option_mistakes(scene, mistake, tmp_path):
     mistake("--steps", "bench", scene, "--steps", "0")
     mistake("not allowed with", "train", scene, "--steps", 5, "--seconds", 5)
     mistake("--downscale 9", "train", scene, "--downscale", 9, "--arch", ARCH)
+    mistake("--downscale 9", "train", write_capture(tmp_path / "capture"), "--downscale", 9, "--arch", ARCH)
     mistake("--nonsense", "train", scene, "--nonsense")
     mistake("invalid choice", "paint", scene)
     mistake("required", "train")
