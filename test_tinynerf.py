@@ -7,6 +7,7 @@ always for a random incoming gradient: with one of all ones, swapped channels or
 
 The environment variable TINYNERF_ARCH (cpu, vulkan, cuda, metal) says where the kernels run.
 """
+import importlib.util
 import inspect
 import itertools
 import json
@@ -15,7 +16,11 @@ import os
 import re
 import shlex
 import shutil
+import struct
+import subprocess
+import sys
 import time
+import tracemalloc
 import types
 
 import imageio.v3 as imageio
@@ -1676,6 +1681,208 @@ def test_kernels_are_portable(tmp_path, restart_taichi):
         kinds = [[bound["buffer"]["type"] for bound in task["buffer_binds"]] for task in kernel["tasks_attribs"]]
         assert len(tasks) == 1, f"{kernel['name']} is {len(tasks)} parallel loops"
         assert all(root not in kind and kind.count(ndarray) <= 8 for kind in kinds), kernel["name"]
+
+
+# ---- Other pose formats ---------------------------------------------------------------------------------------------
+
+spec = importlib.util.spec_from_file_location("convert", os.path.join(HERE, "data", "convert.py"))
+convert = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(convert)
+
+# COLMAP's camera models in the order of its numbers, and their parameters; without fl_y, it is fl_x
+LENSES = {"SIMPLE_PINHOLE": "fl_x cx cy", "PINHOLE": "fl_x fl_y cx cy", "SIMPLE_RADIAL": "fl_x cx cy k1",
+          "RADIAL": "fl_x cx cy k1 k2", "OPENCV": "fl_x fl_y cx cy k1 k2 p1 p2",
+          "OPENCV_FISHEYE": "fl_x fl_y cx cy k1 k2 k3 k4"}
+
+
+def quaternion(R):
+    """(w, x, y, z) of a rotation: each row of 4 q q^T is a multiple of it, and the longest is taken."""
+    (a, b, c), (d, e, f), (g, h, i) = R
+    products = np.array([[1 + a + e + i, h - f, c - g, d - b], [h - f, 1 + a - e - i, b + d, c + g],
+                         [c - g, b + d, 1 - a + e - i, f + h], [d - b, c + g, f + h, 1 - a - e + i]])
+    row = products[products.diagonal().argmax()]
+    return row / np.linalg.norm(row)
+
+
+def write_colmap(folder, cameras, names, binary, end="\n"):
+    """Cameras (model, width, height, its parameters, pose) as a COLMAP model in a folder: cameras.bin and images.bin,
+    or .txt with comments. A pose is camera to world in OpenGL's convention. Every other image has 2D points."""
+    data, text = [struct.pack("<Q", len(names))] * 2, [f"# Cameras{end}{end}", f"# Images{end}#   with points{end}"]
+    for i, (name, (model, width, height, values, pose)) in enumerate(zip(names, cameras)):
+        R, n, number = (np.asarray(pose)[:3, :3] * (1, -1, -1)).T, i % 2 * 3, 7 * i + 3
+        values, qt = [float(v) for v in values], [float(v) for v in (*quaternion(R), *(-R @ np.asarray(pose)[:3, 3]))]
+        data[0] += struct.pack(f"<IiQQ{len(values)}d", number, list(LENSES).index(model), width, height, *values)
+        data[1] += struct.pack("<I7dI", 50 - i, *qt, number) + name.encode() + b"\0"
+        data[1] += struct.pack("<Q", n) + struct.pack("<ddQ", 1.5, 2.5, 2**64 - 1) * n
+        text[0] += f"{number} {model} {width} {height} {' '.join(map(repr, values))}{end}"
+        text[1] += f"{50 - i} {' '.join(map(repr, qt))} {number} {name}{end}{' '.join(n * ['1.5 2.5 -1'])}{end}"
+    os.makedirs(folder, exist_ok=True)
+    for kind, numbers, lines in zip(("cameras", "images"), data, text):
+        with open(os.path.join(folder, kind + (".bin" if binary else ".txt")), "wb") as file:
+            file.write(numbers if binary else lines.encode())
+
+
+def write_llff(folder, cameras, bounds=(1.25, 9.5)):
+    """Cameras as for write_colmap as poses_bounds.npy, which has a single focal length each and no distortion."""
+    table = []
+    for _, width, height, (focal, *_), pose in cameras:
+        right, up, back, at = np.asarray(pose)[:3].T
+        table.append([*np.stack([-up, right, back, at, (height, width, focal)], 1).ravel(), *bounds])
+    os.makedirs(folder, exist_ok=True)
+    np.save(os.path.join(folder, "poses_bounds.npy"), table)
+
+
+def some_rig(rng, models=LENSES):
+    """Cameras as for write_colmap, of random lenses and poses."""
+    rig = []
+    for i, model in enumerate(models):
+        values = [rng.uniform(-0.1, 0.1) + 450 * (name[0] in "fc") for name in LENSES[model].split()]
+        R, t = np.linalg.qr(rng.normal(size=(3, 3)))[0], 3 * rng.normal(size=3)
+        pose = np.vstack([np.column_stack([R * np.linalg.det(R), t]), [0, 0, 0, 1]])
+        rig.append((model, 640 + i, 480 - i, values, pose))
+    return rig
+
+
+# How a rig can be written, and the files to damage then
+FORMS = {"COLMAP binary": ("sparse/0/cameras.bin", "sparse/0/images.bin"), "LLFF": ("poses_bounds.npy",),
+         "COLMAP text": ("sparse/0/cameras.txt", "sparse/0/images.txt"), "COLMAP text, Windows": ()}
+
+
+def write_rig(folder, rng, form):
+    """A random rig in one of FORMS, with empty images. Returns the camera of each file_path."""
+    rig, names = some_rig(rng), ["b.png", "a b  c.png", "z/é.jpg", "c.png", "a.JPG", "d.webp"]
+    if form == "LLFF":
+        names = sorted(os.path.basename(name) for name in names)
+        rig = [("SIMPLE_PINHOLE", w, h, (values[0], w / 2, h / 2), pose) for _, w, h, values, pose in rig]
+        write_llff(folder, rig)
+    else:
+        write_colmap(folder / "sparse" / "0", rig, names, "binary" in form, "\r\n" if "Windows" in form else "\n")
+    for name in names + ["notes.txt"]:
+        (folder / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "images" / name).touch()
+    return {f"images/{name}": camera for name, camera in zip(names, rig)}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_convert(tmp_path, rng, form):
+    """Poses, lenses or sizes of another format are read wrongly, or are those of another image."""
+    want = write_rig(tmp_path, rng, form)
+    scene = convert.convert(str(tmp_path))
+    assert scene["source"] == form.split(",")[0] and [frame["file_path"] for frame in scene["frames"]] == sorted(want)
+    for frame in scene["frames"]:
+        model, w, h, values, pose = want[frame.pop("file_path")]
+        assert_close("pose", frame.pop("transform_matrix"), pose, 1e-12)
+        kind = "OPENCV_FISHEYE" if model == "OPENCV_FISHEYE" else "OPENCV"
+        lens = dict(zip(LENSES[model].split(), values), w=w, h=h, camera_model=kind)
+        lens.setdefault("fl_y", lens["fl_x"])
+        assert frame == (dict(lens, bounds=[1.25, 9.5]) if form == "LLFF" else lens)
+
+
+def test_convert_places(tmp_path, rng):
+    """A model or its images are looked for in the wrong place, or a convention is wrong in writer and reader alike: a
+    quarter turn about x takes z to -y, COLMAP's up, and y to z, its forward; t = (0, 0, 4) puts the camera to y = -4.
+    """
+    (tmp_path / "cameras.bin").touch()
+    assert convert.convert(str(tmp_path)) is None and convert.convert(str(tmp_path / "missing")) is None
+    (tmp_path / "cameras.txt").write_text("1 PINHOLE 64 48 50 60 32 24\n")
+    (tmp_path / "images.txt").write_text("1 0.7 0.7 0 0 0 0 4 1 a.png\n")
+    frame, = convert.convert(str(tmp_path))["frames"]
+    assert_close("pose", frame["transform_matrix"], [[1, 0, 0, 0], [0, 0, -1, -4], [0, 1, 0, 0], [0, 0, 0, 1]], 1e-12)
+    for i, place in enumerate(("colmap/sparse/0", "sparse", "sparse/0")):            # each hides those before it
+        write_colmap(tmp_path / place, some_rig(rng, ["OPENCV"]), [f"{i}.png"], binary=i != 1)
+        assert convert.convert(str(tmp_path))["frames"][0]["file_path"] == f"images/{i}.png"
+    for file, want in (("2.png", "2.png"), ("images_8/2.png", "images_8/2.png"), ("images/2.png", "images/2.png")):
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).touch()
+        assert convert.convert(str(tmp_path))["frames"][0]["file_path"] == want
+
+
+def test_convert_mistakes(tmp_path):
+    """A model that cannot be used is used, or its error does not say why."""
+    def check(word):
+        with pytest.raises(ValueError, match=word) as caught:
+            convert.convert(str(tmp_path))
+        assert len(str(caught.value).splitlines()) == 1 and str(tmp_path) in str(caught.value)
+
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "0.png").touch()
+    row = np.array([[0, 1, 0, 0, 48, -1, 0, 0, 0, 64, 0, 0, 1, 4, 50, 1, 9.0]])
+    for word, table in (("2 poses for 1 images", np.repeat(row, 2, 0)), ("no NumPy file", row.astype(object)),
+                        ("no NumPy file", row[:, :15]), ("no NumPy file", row[:0]), ("nan", row * np.nan),
+                        ("bounds", np.concatenate([row[:, :15], [[9, 1]]], 1))):
+        np.save(tmp_path / "poses_bounds.npy", table)
+        check(word)
+    lens, image = "1 PINHOLE 64 48 50 60 32 24\n", "1 1 0 0 0 0 0 4 1 a.png\n\n"
+    for word, cameras, images in (
+            ("FOV.* not supported, only .*OPENCV_FISHEYE", "1 FOV 64 48 50 50 32 24 0.1\n", image),
+            ("4 parameters", "1 PINHOLE 64 48 50 60 32\n", image), ("line 2", lens + "2 PINHOLE\n", image),
+            ("0x48", lens.replace("64", "0"), image), ("nan", lens.replace("60", "nan"), image),
+            ("focal", lens.replace("60", "-60"), image), ("camera 2", lens, image.replace("4 1", "4 2")),
+            ("line 1", lens, image.replace("4 1", "4")), ("quaternion", lens, image.replace("1 1", "1 0", 1)),
+            ("inf", lens, image.replace(" 4 ", " 1e999 ")), ("no images", lens, "# nothing\n"),
+            ("two poses", lens, 2 * image), ("2D points", lens, 2 * image.replace("\n\n", "\n")),
+            ("2D points", lens, image[:-1] + "1 2 b"), ("2D points", lens, image[:-1] + "1 2"),
+            ("large", lens, image.replace(" 4 ", " 1e13 ")),
+            *[("the name", lens, image.replace("a.png", name)) for name in ("\xff", "a\0b", "a\vb")]):
+        (tmp_path / "cameras.txt").write_text(cameras)
+        (tmp_path / "images.txt").write_text(images, "latin-1")
+        check(word)
+    camera = ("PINHOLE", 64, 48, (50, 60, 32, 24), np.eye(4))
+    for kind, at, new, word in (("cameras", 12, b"\6", "6 is not supp"), ("cameras", 7, b"\xff", "truncated"),
+                                ("images", 7, b"\x7f", "truncated"), ("images", 0, b"\1", "more follows")):
+        write_colmap(tmp_path, 2 * [camera], ["a", "b"], binary=True)
+        whole = (tmp_path / f"{kind}.bin").read_bytes()
+        (tmp_path / f"{kind}.bin").write_bytes(whole[:at] + new + whole[at + 1:])
+        check(word)
+
+
+def damage(data, rng):
+    """The bytes of a file with something random done to them."""
+    at, n, words = int(rng.integers(len(data))) * int(rng.random() < 0.8), int(rng.integers(1, 12)), data.split(b" ")
+    words[int(rng.integers(len(words)))] = [b"nan", b"-1", b"", b"1e308", b"1e999", b"0", b"9" * 5000, b"\xff\n"][n % 8]
+    new = [rng.bytes(n), b"\xff" * n, struct.pack("<Q", 2**(5 * n)), struct.pack("<d", 10.0**(9 * n))][n * at % 4]
+    return [data[:at], data[:at] + new + data[at + len(new):], data[:at] + new + data[at:], data[:at] + data[at + n:],
+            b" ".join(words)][int(rng.integers(5))]
+
+
+@pytest.mark.parametrize("form, name", [(form, name) for form in FORMS for name in FORMS[form]])
+def test_convert_damage(tmp_path, rng, form, name):
+    """A damaged file ends in another error than ValueError, in numbers that are none, or in much time or memory."""
+    write_rig(tmp_path, rng, form)
+    whole, refused, start = (tmp_path / name).read_bytes(), 0, time.perf_counter()
+    tracemalloc.start()
+    for _ in range(200):
+        (tmp_path / name).write_bytes(damage(whole, rng))
+        try:
+            json.dumps(convert.convert(str(tmp_path))["frames"], allow_nan=False)
+        except ValueError as error:
+            assert type(error) is ValueError and len(str(error).splitlines()) == 1 and str(tmp_path) in str(error)
+            refused += 1
+    assert tracemalloc.get_traced_memory()[1] < 50e6 and 50 < refused < 200 and time.perf_counter() - start < 60
+    tracemalloc.stop()
+
+
+def test_convert_command(tmp_path, rng, capsys, monkeypatch):
+    """data/convert.py needs more than Python and NumPy, loses what it read, or writes over a file."""
+    monkeypatch.chdir(tmp_path)
+    write_rig(tmp_path / "scene", rng, "COLMAP binary")
+    want = convert.convert("scene")
+    command = [sys.executable, "-X", "importtime", convert.__file__, "scene"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and "6 frames" in done.stdout and len(done.stdout.splitlines()) == 1
+    assert "numpy" in done.stderr and not re.search(r"\| *(taichi|imageio|PIL)\b", done.stderr)
+    assert json.loads((tmp_path / "scene" / "transforms.json").read_text()) == want
+
+    write_llff("bad", [])
+    for word, *argv in (("transforms.json exists", "scene"), ("no poses in .", "."), ("bounds.npy", "bad"),
+                        ("no poses", "missing"), ("no/where", "scene", "-o", "no/where.json")):
+        before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+        assert convert.main(argv) == 2
+        error = capsys.readouterr().err
+        assert len(error.splitlines()) == 2 and re.match(f"convert: .*{word}.*\n +\\w", error), error
+        assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    assert convert.main(["scene", "-o", "other.json"]) == 0
+    assert json.loads((tmp_path / "other.json").read_text())["frames"][0]["file_path"] == "scene/images/a b  c.png"
 
 
 # ---- Command line ---------------------------------------------------------------------------------------------------
