@@ -54,10 +54,10 @@ BETA_1, BETA_2, EPSILON = 0.9, 0.99, 1e-15
 EMPTY_ALPHA = 0.01              # a cell whose steps are less opaque than this counts as empty
 DECAY = 0.2                     # of a cell's density, each time it is looked at: every few hundred steps
 MIN_LIGHT = 0.15                # samples that add less light than this per side of the box are left out
-PLACE = 1.0                     # captures: radius of the ball that is not bent, in median distances of the cameras
+PLACE = 0.5                     # captures: radius of the ball that is not bent, in median distances of the cameras
 NEAR = 0.1                      # captures: distance of the nearest sample in such radii
 GROWTH = 4.0                    # unbounded scenes: steps grow by GROWTH / (steps along the diagonal) of the distance
-DISTORTION = 0.001              # unbounded scenes: strength of the distortion loss
+DISTORTION = 0.03               # unbounded scenes: strength of the distortion loss
 READ_EVERY = 16                 # steps between two looks of the host at the counters
 
 # What depends on the machine. march: most samples in flight; batch: samples that a step aims to keep of them, after the
@@ -75,6 +75,9 @@ MACHINES = {
 }
 
 STORED = ("coarsest", "finest", "table", "grid", "train_steps", "render_steps")     # what a model's file says of them
+
+# What differs where space is unbounded: rays see much more of it, and less sharply.
+UNBOUNDED = {"cpu": dict(grid=64, train_steps=128, render_steps=256), "gpu": {}}
 
 # The MLPs: inputs, hidden layers, outputs. Their weights follow the hash table in `params`, one MLP after the other.
 MLPS = {"density": (N_LEVELS * k.N_FEATURES, 1, k.OUTPUT), "color": (2 * k.OUTPUT, 2, 3)}
@@ -1080,7 +1083,7 @@ def command_train(args):
         f"a box with sides of {space.side:.3g}"))
     arch, device = start_taichi(args.arch)
     machine = "cpu" if arch == "cpu" else "gpu"
-    settings = MACHINES[machine]
+    settings = {**MACHINES[machine], **(UNBOUNDED[machine] if space.unbounded else {})}
     print(f"tinynerf {VERSION} on {arch} ({device}), Taichi {'.'.join(map(str, ti.__version__))}")
     steps, seconds = args.steps, args.seconds
     if steps is None and seconds is None:
@@ -1247,8 +1250,9 @@ def command_bench(args):
     """tinynerf.py bench: train for a while, then time every kernel of a step against what the machine can do."""
     scene = load_scene(args.scene, args.downscale)
     arch, device = start_taichi(args.arch)
-    settings = MACHINES["cpu" if arch == "cpu" else "gpu"]
-    m = Model(settings, place_scene(scene), len(scene.train.size) if scene.capture else 0)
+    machine, space = "cpu" if arch == "cpu" else "gpu", place_scene(scene)
+    settings = {**MACHINES[machine], **(UNBOUNDED[machine] if space.unbounded else {})}
+    m = Model(settings, space, len(scene.train.size) if scene.capture else 0)
     on_device, line, refresh = upload_views(m, scene.train), {}, settings["refresh"]
     train(m, on_device, 0, steps=args.steps, report=lambda **now: line.update(now))
     rays = line["n_rays"]
