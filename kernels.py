@@ -33,6 +33,7 @@ OUTPUT = 16           # most outputs an MLP has: the density MLP's; the color ML
 N_FEATURES = 4        # F: features of a hash-table slot, and numbers in a row of the parameters
 UNKNOWN = 1e9         # density of a cell that nobody has looked at yet: it counts as occupied
 END = 1 << 30         # step index of a ray that has left the box
+DARK = END + 1        # step index of a ray that has ended in a dark cell
 RADIUS = 0.25         # of the ball in the middle of the cube that the contraction leaves as it is
 FAR = 25.0            # where rays of an unbounded scene end, in sides of the cube
 CAMERA = 22           # numbers of a camera: see generate_rays
@@ -286,6 +287,8 @@ def contract_samples(counter: i32buf, sample: f32buf):
 # of 4x4x4 bricks too. The packed buffer `occupancy` holds, with n = grid_size^3 / 32,
 #     words [0, n)              bit c of word w: is cell 32 w + c occupied?
 #     words [n, n + n / 64)     one word per block: not 0 if any of its cells is occupied
+#     the n words after these   bit c of word w: is cell 32 w + c dark? It is occupied, but the light of no training ray
+#                               has reached it for long: rays end there, since most of what is occupied is hidden
 
 @ti.func
 def cell_of(x, resolution):
@@ -476,27 +479,35 @@ def find_threshold(n_blocks: ti.i32, limit: ti.f32, block_density: f32buf, thres
 
 
 @ti.kernel
-def pack_occupancy(n_words: ti.i32, density_grid: f32buf, threshold: f32buf, occupancy: u32buf):
-    """One bit per cell: is its density above the threshold?
+def pack_occupancy(n_words: ti.i32, step: ti.i32, patience: ti.i32, density_grid: f32buf, threshold: f32buf,
+                   lit_step: i32buf, occupancy: u32buf):
+    """Two bits per cell: is it occupied, its density above the threshold, and is it dark, occupied for more than
+    `patience` steps without light?
 
-    density_grid  [32 n_words]              in    numbered brick by brick
-    threshold     [1]                       in
-    occupancy     [n_words + n_words / 64]  out   the first n_words words
+    density_grid  [32 n_words]                in    numbered brick by brick
+    threshold     [1]                         in
+    lit_step      [32 n_words]                in-out  from mark_lit_cells; out: `step` where the cell is not occupied
+    occupancy     [2 n_words + n_words / 64]  out   all but the blocks' words
     thread        one per brick
     """
     for t in range(n_words):
-        word = ti.u32(0)
+        word, dark = ti.u32(0), ti.u32(0)
         for c in range(32):
             if density_grid[32 * t + c] > threshold[0]:
                 word |= ti.u32(1) << ti.u32(c)
+                if step - lit_step[32 * t + c] > patience:
+                    dark |= ti.u32(1) << ti.u32(c)
+            else:
+                lit_step[32 * t + c] = step
         occupancy[t] = word
+        occupancy[n_words + n_words // 64 + t] = dark
 
 
 @ti.kernel
 def pack_blocks(grid_size: ti.i32, occupancy: u32buf):
     """One word per block of 4x4x4 bricks, 16x16x8 cells: is any cell in it occupied?
 
-    occupancy  [n + n / 64]  in-out  in: the bricks' words, out: the blocks'
+    occupancy  [2 n + n / 64]  in-out  in: the bricks' words, out: the blocks'
     thread     one per block
     """
     n = grid_size >> 4
@@ -549,8 +560,8 @@ def distance_bent(y, room):
 @ti.func
 def next_sample(origin, direction, t_first, t_last, k, step_length, growth, unbounded, grid_size,
                 occupancy: ti.template()):
-    """The first step index >= k whose point, step_distance(k) behind t_first, lies before t_last and in a cell that is
-    set in `occupancy`; END if there is none.
+    """The first step index >= k whose point, step_distance(k) behind t_first, lies before t_last and in an occupied
+    cell, END if there is none; and whether that cell is dark.
 
     An empty cell, or a whole empty brick or block, is left in one go, by as many whole steps as it takes: the points
     that are tested do not depend on what lies between them. Where space is bent, so are rays: there, one goes as far
@@ -562,7 +573,7 @@ def next_sample(origin, direction, t_first, t_last, k, step_length, growth, unbo
         speed = direction[c] * grid_size             # in cells
         inverse[c] = 1.0 / ti.select(ti.abs(speed) > 1e-6, speed, 1e-6)
         ahead[c] = ti.select(speed >= 0.0, 1.0, 0.0)
-    found = END
+    found, dark = END, False
     t = t_first + step_distance(k, step_length, growth)
     while found == END and t < t_last:
         x = origin + t * direction
@@ -581,6 +592,7 @@ def next_sample(origin, direction, t_first, t_last, k, step_length, growth, unbo
             scale = ti.select(word == ti.u32(0), 2, 0)
             if (word >> ti.u32(number & 31)) & ti.u32(1) == ti.u32(1):
                 found = k
+                dark = (occupancy[n * n * n * 130 + (number >> 5)] >> ti.u32(number & 31)) & ti.u32(1) == ti.u32(1)
         if found == END:
             t_exit = 1e30                            # until the next wall, and the room to the nearest one, in cells
             room = 1e30
@@ -597,18 +609,19 @@ def next_sample(origin, direction, t_first, t_last, k, step_length, growth, unbo
             dt = step_length + growth * (t - t_first)
             k += ti.max(1, ti.cast(ti.ceil(steps_within(t_exit, dt, growth)), ti.i32))
             t = t_first + step_distance(k, step_length, growth)
-    return found
+    return found, dark
 
 
 @ti.kernel
 def count_samples(n_rays: ti.i32, limit: ti.i32, step_length: ti.f32, growth: ti.f32, unbounded: ti.i32,
                   grid_size: ti.i32, ray: f32buf, ray_step: i32buf, pixel: f32buf, occupancy: u32buf, ray_span: i32buf):
-    """First walk: how many samples each ray wants, at most `limit`; none if no light gets through it any more.
+    """First walk: how many samples each ray wants, at most `limit`; none if no light gets through it any more. A ray
+    ends with its first sample in a dark cell: if light does get there, mark_lit_cells will see it.
 
     ray        [n_rays, 8]       in    see generate_rays
     ray_step   [n_rays]          in    step to start from
     pixel      [n_rays, 4]       in    [3] = T, the share of light that is still to come
-    occupancy  [n + n / 64]      in    see above
+    occupancy  [2 n + n / 64]    in    see above
     ray_span   [n_rays, 2]       out   [1] = number of samples
     thread     one per ray
     """
@@ -618,12 +631,14 @@ def count_samples(n_rays: ti.i32, limit: ti.i32, step_length: ti.f32, growth: ti
         count = 0
         k = ray_step[r]
         if pixel[4 * r + 3] >= T_STOP:
-            k = next_sample(origin, direction, ray[8 * r + 3], ray[8 * r + 7], k, step_length, growth, unbounded,
-                            grid_size, occupancy)
-            while k < END and count < limit:
-                count += 1
-                k = next_sample(origin, direction, ray[8 * r + 3], ray[8 * r + 7], k + 1, step_length, growth,
-                                unbounded, grid_size, occupancy)
+            more = True
+            while more and count < limit:
+                k, dark = next_sample(origin, direction, ray[8 * r + 3], ray[8 * r + 7], k, step_length, growth,
+                                      unbounded, grid_size, occupancy)
+                if k < END:
+                    count += 1
+                more = k < END and not dark
+                k += 1
         ray_span[2 * r + 1] = count
 
 
@@ -699,8 +714,9 @@ def write_samples(n_rays: ti.i32, limit: ti.i32, step_length: ti.f32, growth: ti
 
     ray         [n_rays, 8]       in
     ray_step    [n_rays]          in-out  step to start from; out: where the next wave goes on (END if the ray got
-                                          fewer than `limit`: it left the box or is opaque; unchanged if dropped)
-    occupancy   [n + n / 64]      in
+                                          fewer than `limit`: it left the box or is opaque; DARK if the last one is
+                                          in a dark cell; unchanged if dropped)
+    occupancy   [2 n + n / 64]    in
     ray_span    [n_rays, 2]       in      from claim_spans
     sample      [capacity, 5]     out     position (not contracted yet), t, dt
     thread      one per ray
@@ -708,11 +724,11 @@ def write_samples(n_rays: ti.i32, limit: ti.i32, step_length: ti.f32, growth: ti
     for r in range(n_rays):
         origin = vec3(ray[8 * r], ray[8 * r + 1], ray[8 * r + 2])
         direction = vec3(ray[8 * r + 4], ray[8 * r + 5], ray[8 * r + 6])
-        k = ray_step[r]
+        k, dark = ray_step[r], False
         first = ray_span[2 * r]
         for i in range(first, first + ray_span[2 * r + 1]):
-            k = next_sample(origin, direction, ray[8 * r + 3], ray[8 * r + 7], k, step_length, growth, unbounded,
-                            grid_size, occupancy)
+            k, dark = next_sample(origin, direction, ray[8 * r + 3], ray[8 * r + 7], k, step_length, growth, unbounded,
+                                  grid_size, occupancy)
             distance = step_distance(k, step_length, growth)
             for c in ti.static(range(3)):
                 sample[5 * i + c] = origin[c] + (ray[8 * r + 3] + distance) * direction[c]
@@ -720,7 +736,7 @@ def write_samples(n_rays: ti.i32, limit: ti.i32, step_length: ti.f32, growth: ti
             sample[5 * i + 4] = step_length + growth * distance
             k += 1
         if first >= 0 and ray_span[2 * r + 1] < limit:
-            k = END
+            k = ti.select(dark, DARK, END)
         ray_step[r] = k
 
 
@@ -1023,6 +1039,34 @@ def mark_visible_samples(n_rays: ti.i32, min_weight: ti.f32, march_span: i32buf,
                 count += 1
                 T *= 1.0 - alpha
         ray_span[2 * r + 1] = count
+
+
+@ti.kernel
+def mark_lit_cells(n_rays: ti.i32, grid_size: ti.i32, step: ti.i32, march_span: i32buf, march_sample: f32buf,
+                   march_sigma: f32buf, keep: i32buf, lit_step: i32buf):
+    """Remember the cells that the light of this training step has reached: those of all samples in front of the early
+    stop, of the one that stops it, too.
+
+    march_span    [n_rays, 2]    in
+    march_sample  [n_marched, 5] in      contracted
+    march_sigma   [n_marched]    in
+    keep          [n_marched]    in      from mark_visible_samples: only samples that are kept dim
+    lit_step      [grid_size^3]  in-out  the last step in which light reached the cell
+    thread        one per ray
+    atomic        i32 max on lit_step
+    """
+    for r in range(n_rays):
+        T = 1.0
+        first = march_span[2 * r]
+        for i in range(first, first + march_span[2 * r + 1]):
+            if T < T_STOP:
+                break
+            cell = ti.Vector([0, 0, 0])
+            for c in ti.static(range(3)):
+                cell[c] = cell_of(march_sample[5 * i + c] * grid_size, grid_size)
+            ti.atomic_max(lit_step[cell_number(cell[0], cell[1], cell[2], grid_size)], step)
+            if keep[i] == 1:
+                T *= ti.exp(-march_sigma[i] * march_sample[5 * i + 4])
 
 
 @ti.kernel
@@ -1355,8 +1399,8 @@ def distortion_backward(n_rays: ti.i32, strength: ti.f32, counter: i32buf, ray_s
 
 @ti.kernel
 def loss_and_gradient(n_rays: ti.i32, random_background: ti.i32, masked: ti.i32, seed: ti.i32, step: ti.i32,
-                      counter: i32buf, ray_pixel: i32buf, image: u32buf, ray_span: i32buf, pixel: f32buf,
-                      loss: f32buf, grad_pixel: f32buf):
+                      counter: i32buf, ray_pixel: i32buf, image: u32buf, ray_step: i32buf, ray_span: i32buf,
+                      pixel: f32buf, loss: f32buf, grad_pixel: f32buf):
     """Squared error of each ray's color against its photograph, both over the same background:
 
         color  = pixel + T background            target = a image + (1 - a) background
@@ -1365,20 +1409,24 @@ def loss_and_gradient(n_rays: ti.i32, random_background: ti.i32, masked: ti.i32,
 
     L2, since it is the error that PSNR measures. The background is a new random color per ray and step where
     images have alpha (a wrong opacity then shows against some colors) and where nothing is behind the scene (what lets
-    it through is wrong), white otherwise. Where `masked`, alpha says instead which pixels count: those of 1.
+    it through is wrong), white otherwise. Where `masked`, alpha says instead which pixels count: those of 1. Rays that
+    ended in a dark cell before their light was used up do not count: it would go on.
     counter     [4]                  in
     ray_pixel   [n_rays]             in
     image       [pixels of all views] in   one word a pixel: red in the lowest byte, then green, blue, straight alpha
+    ray_step    [n_rays]             in    DARK where the ray ended in a dark cell
     ray_span    [n_rays, 2]          in    [0] < 0 where the ray was dropped
     pixel       [n_rays, 4]          in    from composite_forward
-    loss        [n_rays]             out   |color - target|^2 / 3; 0 where dropped or masked
-    grad_pixel  [n_rays, 4]          out   0 where dropped or masked
+    loss        [n_rays]             out   |color - target|^2 / 3; 0 where the ray does not count
+    grad_pixel  [n_rays, 4]          out   0 where the ray does not count
     thread      one per ray
     """
     for r in range(n_rays):
         word = image[ray_pixel[r]]
         a = ti.cast(word >> 24, ti.f32) / 255.0
         counts = ti.select(ray_span[2 * r] < 0, 0.0, 1.0)
+        if ray_step[r] == DARK and pixel[4 * r + 3] >= T_STOP:
+            counts = 0.0
         if masked == 1:
             counts = ti.select(a < 1.0, 0.0, counts)
             a = 1.0

@@ -52,6 +52,7 @@ TABLE_BOUND = 1e-4              # initial table entries: U(+-1e-4)
 LEARNING_RATE, FINAL_RATE = 2e-2, 6e-3     # decays exponentially from the one to the other
 BETA_1, BETA_2, EPSILON = 0.9, 0.99, 1e-15
 EMPTY_ALPHA = 0.01              # a cell whose steps are less opaque than this counts as empty
+DARK_AFTER = 256                # rays end in cells that no light has reached for so many steps
 DECAY = 0.2                     # of a cell's density, each time it is looked at: every few hundred steps
 MIN_LIGHT = 0.15                # samples that add less light than this per side of the box are left out
 PLACE = 0.5                     # captures: radius of the ball that is not bent, in median distances of the cameras
@@ -77,7 +78,7 @@ MACHINES = {
 STORED = ("coarsest", "finest", "table", "grid", "train_steps", "render_steps")     # what a model's file says of them
 
 # What differs where space is unbounded: rays see much more of it, and less sharply.
-UNBOUNDED = {"cpu": dict(grid=64, train_steps=128, render_steps=256), "gpu": {}}
+UNBOUNDED = {"cpu": dict(render_steps=256), "gpu": {}}
 
 # The MLPs: inputs, hidden layers, outputs. Their weights follow the hash table in `params`, one MLP after the other.
 MLPS = {"density": (N_LEVELS * k.N_FEATURES, 1, k.OUTPUT), "color": (2 * k.OUTPUT, 2, 3)}
@@ -442,7 +443,7 @@ class Model:
         self.params = self.new(k.rowF, self.n_rows)              # the hash table's slots, the MLPs' weights, the codes
         self.level = self.new(i32, layout.size)                  # [n_levels, 4]
         self.level.from_numpy(layout.ravel())
-        self.occupancy = self.new(u32, cells // 2048 * 65)       # bits: see kernels.py
+        self.occupancy = self.new(u32, cells // 2048 * 129)      # bits: see kernels.py
         first = self.n_slots * k.N_FEATURES
         for name, (n_in, n_hidden, n_out) in mlps.items():
             setattr(self, name, types.SimpleNamespace(
@@ -494,6 +495,7 @@ class Model:
         self.grad_color_raw = self.new(k.row16, n)
         self.grad_rgb_sigma = self.new(f32, 4 * n)
         self.density_grid = self.new(f32, cells)                 # -1 where no camera looks
+        self.lit_step = self.new(i32, cells)                     # the last step in which light reached the cell
         self.block_density = self.new(f32, 2 * -(-cells // 1024))
         self.threshold = self.new(f32, 1)
         self.cell_counter = self.new(i32, 4)
@@ -633,15 +635,15 @@ def update_occupancy(m, n_cells, first, seed, step):
                          m.cell_counter)
     probe(m, m.cell_counter)
     k.update_density_grid(n_cells, first, grid, DECAY, m.march_sample, m.march_sigma, m.density_grid)
-    pack_occupancy(m)
+    pack_occupancy(m, step, DARK_AFTER)
 
 
-def pack_occupancy(m):
-    """Densities of cells to bits, for marching."""
+def pack_occupancy(m, step, patience):
+    """Densities of cells to bits, for marching; patience: steps without light after which a cell is dark."""
     grid = m.settings["grid"]
     k.sum_density_grid(grid**3, 1024, m.density_grid, m.block_density)
     k.find_threshold(grid**3 // 1024, EMPTY_ALPHA, m.block_density, m.threshold)
-    k.pack_occupancy(grid**3 // 32, m.density_grid, m.threshold, m.occupancy)
+    k.pack_occupancy(grid**3 // 32, step, patience, m.density_grid, m.threshold, m.lit_step, m.occupancy)
     k.pack_blocks(grid, m.occupancy)
 
 
@@ -654,13 +656,14 @@ def compare(m, n_rays, views, seed, step, first_code):
     forward(m, n_rays, n_steps, first_code)
     random_background = int(space.unbounded or views.alpha == "background")
     k.loss_and_gradient(n_rays, random_background, int(views.alpha == "mask"), seed, step, m.march_counter,
-                        m.ray_pixel, views.pixels, m.march_span, m.pixel, m.loss, m.grad_pixel)
+                        m.ray_pixel, views.pixels, m.ray_step, m.march_span, m.pixel, m.loss, m.grad_pixel)
 
 
 def train_step(m, n_rays, views, seed, step, learning_rate):
     """One step on n_rays random pixels of `views` (a namespace made by upload_views). Nothing is read back."""
     k.pick_pixels(n_rays, views.n, seed, step, views.size, m.ray_pixel, m.ray_view)
     compare(m, n_rays, views, seed, step, m.first_code)
+    k.mark_lit_cells(n_rays, m.settings["grid"], step, m.march_span, m.march_sample, m.march_sigma, m.keep, m.lit_step)
     backward(m, n_rays)
     adam(m, step + 1, learning_rate)
 
@@ -705,7 +708,7 @@ def train(m, views, seed, steps=None, seconds=None, report=lambda **line: None):
     view_bound = m.new(ti.f32, 4 * views.n)
     k.bound_views(views.n, views.size, views.camera, view_bound)
     k.mark_visible_cells(grid, m.space.unbounded, views.n, m.space.near, views.camera, view_bound, m.density_grid)
-    pack_occupancy(m)                                            # every cell that a camera sees may hold something
+    pack_occupancy(m, 0, k.END)                                  # every cell that a camera sees may hold something
     ti.sync()
     total = dict(steps=0, train_seconds=0.0, compile_seconds=time.perf_counter() - start, samples=0, rays=0,
                  rays_dropped=0)
@@ -738,6 +741,7 @@ def train(m, views, seed, steps=None, seconds=None, report=lambda **line: None):
             share = 0.95 * min(batch / max(samples, 1), m.settings["march"] / max(marched, 1))
             n_rays = int(min(max(share * (rays_since - dropped), m.settings["block"]), m.settings["rays"]))
             seen, rays_since = totals, 0
+    pack_occupancy(m, step, k.END)                               # nothing is dark: new views may see it
     if m.n_code:
         k.mean_code(m.n_photos, m.n_code, m.first_code, m.params)
     ti.sync()
@@ -1235,6 +1239,7 @@ def step_work(m, rays, marched, kept):
         hash_encode_forward=("gather", corners * marched),
         probe_density=("product", 2 * k.WIDTH * (MLPS["density"][0] + 1) * marched),
         mark_visible_samples=("copy", 16 * rays + 24 * marched),
+        mark_lit_cells=("copy", 8 * rays + 28 * kept),
         keep_visible_samples=("copy", 16 * rays + 20 * marched + (20 + 4 * 2 * k.WIDTH) * kept),
         mlp_forward=("product", forward * kept), density_head_forward=("copy", 68 * kept),
         color_input_forward=("copy", 196 * kept), color_head_forward=("copy", 80 * kept),
