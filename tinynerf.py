@@ -91,10 +91,10 @@ class UserError(Exception):
 # ---- Scenes ---------------------------------------------------------------------------------------------------------
 
 # What a frame, or its file for all frames, may say of a lens, and within which bounds: instant-ngp's names
-DISTORTION = ("k1", "k2", "k3", "k4", "p1", "p2")
+LENS = ("k1", "k2", "k3", "k4", "p1", "p2")
 INTRINSICS = {**dict.fromkeys(("fl_x", "fl_y", "w", "h"), (0, 1e6)),
               **dict.fromkeys(("camera_angle_x", "camera_angle_y"), (0, math.pi)),
-              **dict.fromkeys(("cx", "cy") + DISTORTION, (-1e6, 1e6))}
+              **dict.fromkeys(("cx", "cy") + LENS, (-1e6, 1e6))}
 CAMERA_MODELS = ("OPENCV", "PINHOLE", "SIMPLE_PINHOLE", "PERSPECTIVE", "SIMPLE_RADIAL", "RADIAL", "OPENCV_FISHEYE")
 
 
@@ -220,7 +220,7 @@ def load_view(f, folder, downscale, capture):
         fy = f.camera_angle_y and 0.5 * h / math.tan(0.5 * f.camera_angle_y)
     cx, cy = 0.5 * w if f.cx is None else f.cx, 0.5 * h if f.cy is None else f.cy
     pixels = np.array([fx or fy, fy or fx, cx, cy]) * (width / w / downscale)
-    camera = np.concatenate([f.pose.ravel(), pixels, [getattr(f, key) or 0.0 for key in DISTORTION]])
+    camera = np.concatenate([f.pose.ravel(), pixels, [getattr(f, key) or 0.0 for key in LENS]])
     return types.SimpleNamespace(name=f.name, rgba=rgba, lens=int(f.fisheye), camera=camera), problem
 
 
