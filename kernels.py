@@ -143,7 +143,8 @@ def distort(x, y, m, camera: ti.template()):
 @ti.func
 def lens_direction(column, row, v, size: ti.template(), camera: ti.template()):
     """Direction, as camera v sees it (x right, y up, looking down -z; any length), of the light that falls on a point
-    of its image (in pixels); (0, 0, 0) if there is none: where a lens model is not one to one.
+    of its image (in pixels); (0, 0, 0) if there is none: where a lens model is not one to one. size and camera are
+    those of generate_rays.
 
     Newton's method inverts the lens model, starting from the distorted point; without distortion that is the solution.
     Lens 0: distort(). Lens 1, OpenCV's fisheye: theta is the angle to the optical axis, and the distance from the
