@@ -1266,7 +1266,9 @@ def composite_backward(n_rays: ti.i32, ray_span: i32buf, sample: f32buf, rgb_sig
                 T *= 1.0 - alpha
                 gain = -pixel[4 * r + 3] * grad_pixel[4 * r + 3]
                 for c in ti.static(range(3)):
-                    behind[c] -= w * rgb_sigma[4 * i + c]
+                    # Of what is behind, T gets through: no rounding beyond that, since an opaque sample has a large dt
+                    # sigma, which would blow it up.
+                    behind[c] = ti.math.clamp(behind[c] - w * rgb_sigma[4 * i + c], 0.0, T)
                     grad_rgb_sigma[4 * i + c] = w * grad_pixel[4 * r + c]
                     gain += (T * rgb_sigma[4 * i + c] - behind[c]) * grad_pixel[4 * r + c]
                 grad_rgb_sigma[4 * i + 3] = sample[5 * i + 4] * gain
@@ -1348,7 +1350,7 @@ def distortion_backward(n_rays: ti.i32, strength: ti.f32, counter: i32buf, ray_s
             g += 2.0 / 3.0 * w * ds
             weight += w
             moment += w * s
-            behind -= w * g
+            behind = ti.math.clamp(behind - w * g, 0.0, 3.0 * T)     # no rounding beyond that: g < 3
             grad_rgb_sigma[4 * i + 3] = grad_rgb_sigma[4 * i + 3] + scale * sample[5 * i + 4] * (T * g - behind)
 
 
