@@ -175,7 +175,7 @@ def lens_direction(column, row, v, size: ti.template(), camera: ti.template()):
             x_got, y_got, xx, xy, yy = distort(x, y, m, camera)
             dx, dy = x_got - x_d, y_got - y_d
             det = xx * yy - xy * xy
-            solved = ti.max(ti.abs(dx), ti.abs(dy)) <= LENS_TOLERANCE and det > 0.0
+            solved = ti.max(ti.abs(dx), ti.abs(dy)) <= LENS_TOLERANCE and det > 0.0 and xx > 0.0
             x -= (yy * dx - xy * dy) / det
             y -= (xx * dy - xy * dx) / det
             turn += 1
@@ -369,8 +369,8 @@ def mark_visible_cells(grid_size: ti.i32, unbounded: ti.i32, n_views: ti.i32, ne
         seen = 0
         view = 0
         if unbounded == 1:                           # the sphere around the cell as it was before bending
-            if (center - 0.5).norm() > 2.0 * RADIUS:
-                view = n_views                       # nothing is contracted to here
+            if (center - 0.5).norm() > 2.0 * RADIUS + radius:
+                view = n_views                       # nothing is contracted to any of this cell
             middle = center
             center = expand(middle)
             for corner in range(8):
