@@ -252,6 +252,74 @@ def test_ray_jitter(rng):
     assert np.array_equal(np.delete(still, 3, 1), np.delete(jittered, 3, 1))
 
 
+def lens_model(direction, lens, camera):
+    """Where [n, 2] in its image, in pixels, a camera sees directions [n, 3] of its own: x right, y up, z back."""
+    (fx, fy, cx, cy), (k1, k2, k3, k4, p1, p2) = camera[12:16], camera[16:]
+    across, depth = direction[:, :2] * [1, -1], -direction[:, 2]
+    if lens:
+        r, theta = np.linalg.norm(across, axis=1), np.arctan2(np.linalg.norm(across, axis=1), depth)
+        x, y = across.T / r * theta * np.polyval([k4, k3, k2, k1, 1], theta**2)
+    else:
+        (x, y), r2 = across.T / depth, (across**2).sum(1) / depth**2
+        x, y = (x * np.polyval([k4, k3, k2, k1, 1], r2) + 2 * p1 * x * y + p2 * (r2 + 2 * x * x),
+                y * np.polyval([k4, k3, k2, k1, 1], r2) + 2 * p2 * x * y + p1 * (r2 + 2 * y * y))
+    return np.stack([fx * x + cx, fy * y + cy], 1)
+
+
+def some_lenses():
+    """Views of 2000 x 3 pixels, parts of large photos: size, camera. The first five see everywhere; light for pixels
+    beyond a circle is there in none of the last three (the radius in focal lengths comes along)."""
+    lenses = [(0, 900, 700, [0] * 6), (0, 900, 10, [-0.28, 0.09, -0.01, 0.001, 0.003, -0.002]),
+              (0, 700, -600, [0.2, 0.05, 0.01, 0.001, -0.01, 0.02]), (1, 800, 300, [0] * 6),
+              (1, 620, 500, [0.02, -0.005, 0.001, -0.0002, 0, 0]), (0, 900, 400, [-0.5, 0, 0, 0, 0, 0]),
+              (1, 900, 1.5, [-0.2, 0, 0, 0, 0, 0]), (1, 300, 9, [0] * 6)]
+    camera = [look_at([1.5, 0.1 * v, 0.7], [0.5, 0.5, 0.5], 1, 1, 1) for v in range(len(lenses))]
+    for c, (_, focal, cy, numbers) in zip(camera, lenses):
+        c[12:] = np.float32([focal, 1.1 * focal, 980, cy] + numbers)
+    return sizes(*[(2000, 3, lens) for lens, *_ in lenses]), np.array(camera), [8 / 27**0.5 / 8**0.5, 0.860663, math.pi]
+
+
+def test_lens(rng):
+    """The direction of a pixel's light is not the one that the lens puts there, for a wide lens, a fisheye that looks
+    backwards, or among views of several lenses; or a lens that folds over makes directions out of nothing."""
+    size, camera, limit = some_lenses()
+    rays = [make_rays(size, camera, 0.05, 0.01, unbounded=unbounded)[0] for unbounded in (0, 1)]
+    assert all(np.isfinite(ray).all() for ray in rays) and np.array_equal(rays[0][:, 4:7], rays[1][:, 4:7])
+    for v, c in enumerate(camera):
+        ray = rays[1].reshape(len(camera), -1, 8)[v]
+        row, column = np.divmod(np.arange(6000), 2000)
+        pixel, local = np.stack([column, row], 1) + 0.5, ray[:, 4:7] @ c[:12].reshape(3, 4)[:, :3]
+        dark = (ray[:, 4:7] == 0).all(1)
+        assert (np.linalg.norm(ray[:, 4:7], axis=1)[~dark] > 0.99999).all()
+        clear = ~dark & (local[:, 2] < 0.98)         # right behind the camera, rounding turns around the axis
+        error = np.abs(lens_model(local[clear], size[v, 3], c) - pixel[clear]).max()
+        angle = np.degrees(np.arccos(-local[~dark, 2]).max())
+        print(f"lens {v}: {error:.1e} pixels of 1e-3, up to {angle:.0f} degrees off axis, {dark.sum()} dark pixels")
+        assert error < 1e-3 and angle > 35 and (v != 4 or angle > 95)
+        radius = np.linalg.norm((pixel - c[14:16]) / c[12:14], axis=1) / ([9] * 5 + limit)[v]
+        assert dark[radius > 1.001].all() and not dark[radius < 0.999].any() and dark.any() == (v > 4)
+        for ray in rays:
+            assert (ray.reshape(len(camera), -1, 8)[v, dark, 7] < ray.reshape(len(camera), -1, 8)[v, dark, 3]).all()
+
+
+def test_bound_views(rng):
+    """The pyramid around what a camera sees leaves out some of it."""
+    size, camera, _ = some_lenses()
+    bound, ray = buf(np.full((len(size), 4), 9.0)), make_rays(size, camera, 0.05, 0.01)[0].reshape(len(size), -1, 8)
+    k.bound_views(len(size), buf(size), buf(camera), bound)
+    got = bound.to_numpy().reshape(-1, 2, 2)
+    for v, c in enumerate(camera):
+        local = ray[v, :, 4:7] @ c[:12].reshape(3, 4)[:, :3]
+        if (local[:, 2] > -1e-3).any():              # dark, or beyond 90 degrees
+            assert np.array_equal(got[v], [[-1e4, 1e4]] * 2)
+            continue
+        slope = local[:, :2] / -local[:, 2:]
+        room = np.abs([got[v, :, 0] - slope.min(0), got[v, :, 1] - slope.max(0)])
+        assert (got[v, :, 0] < slope.min(0)).all() and (slope.max(0) < got[v, :, 1]).all() and room.max() < 0.02
+    assert_close("without distortion", got[0], [[-980 / 900, 1020 / 900], [697 / 990, 700 / 990]], 1e-6)
+    assert (got[[1, 2, 3]] != 1e4).all() and (got[4:] == [[-1e4, 1e4]] * 2).all()
+
+
 # ---- Contraction ----------------------------------------------------------------------------------------------------
 
 def contract_model(x):
@@ -268,6 +336,60 @@ def expand_model(x):
     return 0.5 + 0.25 * y / n / np.where(n > 1, np.maximum(2 - n, 1 / 400), 1 / n)
 
 
+@ti.kernel
+def expand_points(n: ti.i32, x: k.f32buf):
+    for t in range(n):
+        y = k.expand(k.vec3(x[3 * t], x[3 * t + 1], x[3 * t + 2]))
+        for c in ti.static(range(3)):
+            x[3 * t + c] = y[c]
+
+
+@ti.kernel
+def bend_distances(n: ti.i32, y: k.f32buf, room: k.f32buf):
+    for t in range(n):
+        room[t] = k.distance_bent(k.vec3(y[3 * t], y[3 * t + 1], y[3 * t + 2]), room[t])
+
+
+def points_of_space(rng, n):
+    """Points as near to the middle as 0.001 of the unbent ball's radius, and as far as 300."""
+    y = rng.normal(size=(n, 3))
+    y *= 10 ** rng.uniform(-3, 2.5, (n, 1)) / np.linalg.norm(y, axis=1, keepdims=True)
+    return (0.5 + y / 4).astype(np.float32).astype(np.float64)
+
+
+def test_contraction(rng):
+    """Space is bent in another way than it is straightened, or what is in the middle is bent as well."""
+    n, x = 2000, points_of_space(rng, 2000)
+    sample = np.column_stack([x, uniform(rng, n, 2)])
+    got, back = buf(np.vstack([sample, np.full((1, 5), 9)])), buf(contract_model(x))
+    k.contract_samples(count(n), got)
+    expand_points(n, back)
+    got, back = got.to_numpy().reshape(-1, 5), back.to_numpy().reshape(-1, 3)
+    inside = np.linalg.norm(x - 0.5, axis=1) < 0.2499
+    assert_close("contract", got[:n, :3], contract_model(x), 1e-6)
+    assert np.array_equal(got[:n, 3:], sample[:, 3:]) and (got[n:] == 9).all() and inside.sum() > 500
+    assert np.abs(got[:n, :3] - x)[inside].max() < 1e-7 and np.abs(expand_model(contract_model(x)) - x).max() < 1e-9
+    error = np.abs(back - x).max(1) / (1 + 4 * np.linalg.norm(x - 0.5, axis=1)) ** 2     # the slope of expand
+    assert error.max() < 1e-6
+    nowhere = buf(np.array([[0.875, 0.5, 0.5], [0.5, 1.0, 0.5], [0.5, 0.5, -1.0]]))      # by hand; two are too far out
+    expand_points(3, nowhere)
+    assert_close("expand", nowhere.to_numpy(), [1, 0.5, 0.5, 0.5, 100.5, 0.5, 0.5, 0.5, -99.5], 1e-4)
+
+
+def test_distance_bent(rng):
+    """Marching through bent space steps over more than it has seen to be empty."""
+    n = 20000
+    y, room = (points_of_space(rng, n) - 0.5) * 4, uniform(rng, n, low=0.001, high=0.5)
+    distance, d = buf(room), rng.normal(size=(n, 3))
+    bend_distances(n, buf(y), distance)
+    d *= distance.to_numpy()[:, None] / np.linalg.norm(d, axis=1, keepdims=True)
+    d[::2] = -y[::2] / np.linalg.norm(y[::2], axis=1, keepdims=True) * distance.to_numpy()[::2, None]
+    moved = [np.linalg.norm(4 * contract_model(0.5 + (y + s * d) / 4) - 4 * contract_model(0.5 + y / 4), axis=1) / room
+             for s in (1, 0.5)]
+    assert max(m.max() for m in moved) < 1 + 1e-5 and np.median(moved[0]) > 0.25
+    assert (distance.to_numpy() >= room.astype(np.float32)).all()
+
+
 # ---- Occupancy grid -------------------------------------------------------------------------------------------------
 
 def cell_index(x, grid):
@@ -276,9 +398,10 @@ def cell_index(x, grid):
     return 32 * (brick @ [1, grid // 4, grid * grid // 16]) + inner @ [1, 4, 16]
 
 
-def test_mark_visible_cells(rng):
-    """A cell that a camera sees is given up for good, or one that none sees is kept."""
-    grid, width, height, near = 16, 20, 14, 0.2
+@pytest.mark.parametrize("unbounded", [0, 1])
+def test_mark_visible_cells(rng, unbounded):
+    """A cell that a camera sees is given up for good, or one that none sees is kept; also where space is bent."""
+    grid, width, height, near = 16 + 16 * unbounded, 20, 14, 0.2
     # Each sees a part of the cube only: from near, from afar, and from within.
     camera = np.array([look_at([1.3, 0.2, 0.4], [0.5, 0.5, 0.5], 60, width, height),
                        look_at([0.2, -0.8, 0.7], [0.5, 0.5, 0.1], 40, width, height),
@@ -286,23 +409,29 @@ def test_mark_visible_cells(rng):
     camera[1, 14:16] += [3, -2]                      # the optical axis need not be in the middle
     density_grid, view_bound = buf(np.full(grid**3, 9.0)), buf(np.full((3, 4), 9.0))
     k.bound_views(3, buf(sizes(*[(width, height, 0)] * 3)), buf(camera), view_bound)
-    k.mark_visible_cells(grid, 0, 3, near, buf(camera), view_bound, density_grid)
-    got = density_grid.to_numpy()
-    center = (np.stack(np.meshgrid(*[np.arange(grid)] * 3, indexing="ij"), -1).reshape(-1, 3)[:, ::-1] + 0.5) / grid
-    radius, far = math.sqrt(0.75) / grid, np.ones(grid**3, bool)
-    point = rng.uniform(size=(200000, 3))
+    k.mark_visible_cells(grid, unbounded, 3, near, buf(camera), view_bound, density_grid)
+    got, center, inside = density_grid.to_numpy(), cell_centers(grid), rng.uniform(size=(200000, 3))
+    corner = center[:, None] + (np.array(list(itertools.product((0, 1), repeat=3))) - 0.5) / grid
+    nowhere = np.linalg.norm(center - 0.5, axis=1) > 0.5 + math.sqrt(0.75) / grid
+    point = inside
+    if unbounded:                                    # where there is something, up to 100 away
+        inside = inside[np.linalg.norm(inside - 0.5, axis=1) < 0.5 - 0.25 / 400]
+        point, center, corner = expand_model(inside), expand_model(center), expand_model(corner)
+    radius = np.maximum(np.linalg.norm(corner - center[:, None], axis=2).max(1), math.sqrt(0.75) / grid)
+    far = np.ones(grid**3, bool)
     for c in camera:
         m, (fx, fy, cx, cy) = c[:12].reshape(3, 4), c[12:16]
         low, high = np.array([-cx / fx, (cy - height) / fy]), np.array([(width - cx) / fx, cy / fy])
         p, q = (point - m[:, 3]) @ m[:, :3], (center - m[:, 3]) @ m[:, :3]
         slope = p[:, :2] / -p[:, 2:]
         seen = (p[:, 2] < 0) & (np.linalg.norm(p, axis=1) > near) & ((slope > low) & (slope < high)).all(1)
-        assert seen.sum() > 1000 and (got[cell_index(point[seen], grid)] == k.UNKNOWN).all()
+        assert seen.sum() > 400 and (got[cell_index(inside[seen], grid)] == k.UNKNOWN).all()
         beyond = np.hstack([(q[:, :2] + high * q[:, 2:]) / np.sqrt(1 + high**2),
                             (-q[:, :2] - low * q[:, 2:]) / np.sqrt(1 + low**2), q[:, 2:],
                             near - np.linalg.norm(q, axis=1, keepdims=True)])
         far &= beyond.max(1) > 1.01 * radius
-    assert far.sum() > 500 and (got[cell_index(center[far], grid)] == -1).all() and set(got) == {-1.0, k.UNKNOWN}
+    assert (far & ~nowhere).sum() > 500 and (got[far] == -1).all() and set(got) == {-1.0, k.UNKNOWN}
+    assert not unbounded or (got[nowhere] == -1).all() and nowhere.sum() > 500
 
 
 @pytest.mark.parametrize("growth", [0.0, 0.05])
@@ -877,6 +1006,28 @@ def test_color_input(rng):
     assert_close("  orthonormal", got[:, 16:32].T @ (area * got[:, 16:32]), np.eye(16), 1e-5)
 
 
+@pytest.mark.parametrize("chunk", [1, 30, 100, 500])
+def test_code_gradient(rng, chunk):
+    """The gradient of a photograph's code goes to another one, loses samples, or takes the place of what was there; or
+    the neutral code is not the mean of the others."""
+    n, n_rays, n_views, first = 100, 40, 5, 2 * F + 3
+    ray, view, g, start = rng.integers(0, n_rays, n), rng.integers(0, n_views, n_rays), uniform(rng, n, 64), uniform(
+        rng, 20 * F)
+    view[view == 3] = 2                              # this photograph has no samples
+    grad, want = rowsF(start), np.zeros((n_views + 1, 8))
+    np.add.at(want, view[ray], g[:, 32:40])
+    g = rows(np.vstack([g, np.full((20, 64), 9)]))
+    k.code_backward(8, first, -(-n // chunk), chunk, count(n), buf(np.append(ray, [0] * 20)), buf(view), g, grad)
+    got = grad.to_numpy().ravel()
+    assert_close("code_backward", got[first:first + 48] - start[first:first + 48], want.ravel(), 1e-5)
+    assert np.array_equal(np.delete(got, np.s_[first:first + 40]), np.delete(start, np.s_[first:first + 40]))
+
+    params, want = rowsF(start), start.copy()
+    k.mean_code(n_views, 8, first, params)
+    want[first + 40:first + 48] = start[first:first + 40].reshape(5, 8).mean(0)
+    assert_close("mean_code", params.to_numpy().ravel(), want, 1e-6)
+
+
 def test_color_head(rng):
     """rgb is not the sigmoid of the color MLP's output, or its gradient is wrong."""
     n, raw, g = 40, uniform(rng, 40, 16, low=-5, high=5), uniform(rng, 40, 4)
@@ -973,6 +1124,32 @@ def test_composite_in_waves(rng):
         k.composite_forward(n, buf(part), *buffers, *waves)
     assert_close("composite in waves", waves[0].to_numpy(), one[0].to_numpy(), 1e-6)
     assert_close("composite in waves: depth", waves[1].to_numpy(), one[1].to_numpy(), 1e-6)
+
+
+def test_distortion(rng):
+    """The distortion loss is not the sum over all pairs, its gradient is not its own, or takes the place of the other
+    one; where a ray stops early, only what is lit counts."""
+    span, sample, rgb_sigma = some_samples(rng)
+    n, sigma, start, strength = len(span), rgb_sigma[:, 3], uniform(rng, *rgb_sigma.shape), 0.75
+    buffers = buf(span), buf(sample), buf(rgb_sigma), buf(np.full((n, 3), 9.0))
+    k.distortion_forward(n, *buffers)
+    got, w = buffers[3].to_numpy().reshape(n, 3), np.zeros(len(sample))
+    for first, length in span:
+        at = slice(first, first + length)
+        w[at] = weights_model(sigma[at] * sample[at, 4])[0]
+    s, ray = sample[:, 3] / (sample[:, 3] + 0.25), np.repeat(np.arange(n), span[:, 1])
+    assert_close("distortion_forward", got[:, 0], distortion_model(span, sample, sigma), 1e-5)
+    assert_close("  its sums", got[:, 1:], np.stack([np.bincount(ray, w * x, n) for x in (s**0, s)], 1), 1e-5)
+
+    want = numeric_gradient(lambda x: strength / 6 * distortion_model(span, sample, x).sum(), sigma)
+    for name, before in (("distortion_backward", 0 * start), ("  on top of what is there", start)):
+        grad = buf(before)
+        k.distortion_backward(n, strength, buf(np.array([99, 6, 0, 0])), *buffers, grad)
+        got = grad.to_numpy().reshape(-1, 4) - before
+        assert_close(name, got[:, 3], want, 1e-5)
+        assert (got[:, :3] == 0).all() and (got[w == 0] == 0).all() and (w == 0).sum() > 10
+        if not before.any():
+            assert_close("  log sigma", sigma * got[:, 3], sigma * want, 1e-5)
 
 
 def loss_model(pixel, rgba, kept, background, masked=0):
