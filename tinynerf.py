@@ -1225,7 +1225,7 @@ def step_work(m, rays, marched, kept):
     and written at least. Marching and random numbers are counted by their bytes, although they mostly compute."""
     forward = sum(2 * k.WIDTH * count_rows(net.n_in, net.n_hidden, net.n_out) for net in (m.density, m.color))
     corners = 8 * m.n_levels * 4 * k.N_FEATURES                                  # bytes of table per sample
-    return dict(
+    work = dict(
         pick_pixels=("copy", 4 * rays), generate_rays=("copy", 60 * rays), count_samples=("copy", 44 * rays),
         sum_counts=("copy", 16 * rays), scan_blocks=("copy", 16 * rays // m.settings["block"]),
         claim_spans=("copy", 24 * rays), write_samples=("copy", 48 * rays + 16 * marched),
@@ -1241,6 +1241,12 @@ def step_work(m, rays, marched, kept):
         density_head_backward=("copy", 224 * kept), hash_encode_backward=("gather", 2 * corners * kept),
         sum_partials=("copy", 4 * m.n_weights * (kept // m.settings["chunk"] + 2)),
         adam_step=("copy", 4 * k.N_FEATURES * m.n_rows), load_weights=("copy", 12 * m.n_weights))
+    if m.space.unbounded:
+        work.update(contract_samples=("copy", 24 * marched), distortion_forward=("copy", 20 * rays + 12 * kept),
+                    distortion_backward=("copy", 20 * rays + 20 * kept))
+    if m.n_code:
+        work.update(code_backward=("copy", 4 * (1 + m.n_code) * kept))
+    return work
 
 
 def command_bench(args):
