@@ -2530,13 +2530,22 @@ def test_commands(tmp_path, monkeypatch, capsys, recwarn):
     assert tinynerf.main(["eval", "my/run", "--arch", ARCH]) == 0
     assert f"{metrics['psnr']:.2f} dB" in capsys.readouterr().out
 
-    assert tinynerf.main(["bench", "sphere", "--steps", "2", "--arch", ARCH]) == 0
-    table = re.findall(r"^\| (\w+) \| ([\d.]+) \|", capsys.readouterr().out, re.M)
+    write_capture(tmp_path / "photos", width=16, height=12)
+    assert tinynerf.main(["train", "photos", "--steps", "1", "--out", "photos/run", "--arch", ARCH]) == 0
+    metrics = json.loads((tmp_path / "photos" / "run" / "metrics.json").read_text())
+    assert metrics["split"] == "every 8th of train" and 0 < metrics["psnr_fitted"] < 30
+    capsys.readouterr()
+    assert tinynerf.main(["eval", "photos/run", "--arch", ARCH]) == 0
+    assert f"{metrics['psnr']:.2f} dB" in capsys.readouterr().out
+
     step = [tinynerf.train_step, tinynerf.compare, tinynerf.march, tinynerf.scan, tinynerf.forward, tinynerf.probe,
             tinynerf.backward, tinynerf.color_backward, tinynerf.adam, tinynerf.load_weights]
     launched = set(re.findall(r"\bk\.([a-z]\w+)\(", "".join(map(inspect.getsource, step))))
-    captures = {"contract_samples", "distortion_forward", "distortion_backward", "code_backward"}
-    assert {name for name, _ in table} == launched - captures and captures < launched
-    assert all(float(ms) > 0 for _, ms in table) and len(table) > 20
+    only_photos = {"contract_samples", "distortion_forward", "distortion_backward", "code_backward"}
+    for folder, names in (("sphere", launched - only_photos), ("photos", launched)):
+        assert tinynerf.main(["bench", folder, "--steps", "2", "--arch", ARCH]) == 0
+        table = re.findall(r"^\| (\w+) \| ([\d.]+) \|", capsys.readouterr().out, re.M)
+        assert {name for name, _ in table} == names and only_photos < launched
+        assert all(float(ms) > 0 for _, ms in table) and len(table) > 20
     warnings = {str(w.message).strip() for w in recwarn if not issubclass(w.category, DeprecationWarning)}
     assert not warnings, f"{len(warnings)} warnings on the user's terminal, such as: {min(warnings)[:200]}"
