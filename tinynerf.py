@@ -1169,16 +1169,24 @@ def command_render(args):
     """tinynerf.py render: a video, or PNGs, from a run folder."""
     arch, device = start_taichi(args.arch)
     m, info, cameras = load_model(args.run, "cpu" if arch == "cpu" else "gpu")
-    old_size = info["width"], info["height"]
-    size = args.size or old_size
-    path = cameras["test"] if args.path == "test" else orbit_cameras(cameras["train"], args.frames or 96)
-    path = path[:args.frames]
-    frames = (to_bytes(render_view(m, resize_camera(camera, old_size, size), *size)[0]) for camera in path)
     out = args.out or os.path.join(args.run, "render.mp4" if args.path == "orbit" else "render_test")
+    size = args.size or (info["width"], info["height"])
+    if args.path == "test":
+        path, sizes = cameras["test"][:args.frames], cameras["test_size"][:, 1:].tolist()
+        own_size = not args.size and not os.path.splitext(out)[1]            # frames of a video are of one size
+    else:
+        path, own_size = orbit_cameras(cameras["train"], args.frames or 96), False
+        sizes = [(info["width"], info["height"], 0)] * len(path)
+
+    def render(camera, width, height, lens):
+        new_size = (width, height) if own_size else size
+        return to_bytes(render_view(m, resize_camera(camera, (width, height), new_size), *new_size, lens)[0])
+
+    frames = (render(camera, *old) for camera, old in zip(path, sizes))
     start = time.perf_counter()
     out = write_frames(out, frames, len(path))
     seconds = (time.perf_counter() - start) / len(path)
-    print(f"{len(path)} frames of {size[0]}x{size[1]} in {out}, {seconds:.2f} s a frame on {arch} ({device})")
+    print(f"{len(path)} frames in {out}, {seconds:.2f} s a frame on {arch} ({device})")
 
 
 def command_eval(args):
