@@ -267,16 +267,17 @@ def lens_model(direction, lens, camera):
 
 
 def some_lenses():
-    """Views of 2000 x 3 pixels, parts of large photos: size, camera. The first five see everywhere; light for pixels
-    beyond a circle is there in none of the last three (the radius in focal lengths comes along)."""
+    """Views of 6000 pixels, strips of large photos but for one: size, camera. The first five see everywhere; light for
+    pixels beyond a circle is there in none of the last three (its radius in focal lengths comes along)."""
     lenses = [(0, 900, 700, [0] * 6), (0, 900, 10, [-0.28, 0.09, -0.01, 0.001, 0.003, -0.002]),
-              (0, 700, -600, [0.2, 0.05, 0.01, 0.001, -0.01, 0.02]), (1, 800, 300, [0] * 6),
+              (0, 45, 31, [0.2, 0.05, 0.01, 0.001, -0.01, 0.02]), (1, 800, 300, [0] * 6),
               (1, 620, 500, [0.02, -0.005, 0.001, -0.0002, 0, 0]), (0, 900, 400, [-0.5, 0, 0, 0, 0, 0]),
               (1, 900, 1.5, [-0.2, 0, 0, 0, 0, 0]), (1, 300, 9, [0] * 6)]
     camera = [look_at([1.5, 0.1 * v, 0.7], [0.5, 0.5, 0.5], 1, 1, 1) for v in range(len(lenses))]
     for c, (_, focal, cy, numbers) in zip(camera, lenses):
-        c[12:] = np.float32([focal, 1.1 * focal, 980, cy] + numbers)
-    return sizes(*[(2000, 3, lens) for lens, *_ in lenses]), np.array(camera), [8 / 27**0.5 / 8**0.5, 0.860663, math.pi]
+        c[12:] = np.float32([focal, 1.1 * focal, 49 if focal < 99 else 980, cy] + numbers)
+    size = sizes(*[(100, 60, lens) if focal < 99 else (2000, 3, lens) for lens, focal, *_ in lenses])
+    return size, np.array(camera), [8**0.5 / 27**0.5, 0.860663, math.pi]
 
 
 def test_lens(rng):
@@ -287,7 +288,7 @@ def test_lens(rng):
     assert all(np.isfinite(ray).all() for ray in rays) and np.array_equal(rays[0][:, 4:7], rays[1][:, 4:7])
     for v, c in enumerate(camera):
         ray = rays[1].reshape(len(camera), -1, 8)[v]
-        row, column = np.divmod(np.arange(6000), 2000)
+        row, column = np.divmod(np.arange(6000), size[v, 1])
         pixel, local = np.stack([column, row], 1) + 0.5, ray[:, 4:7] @ c[:12].reshape(3, 4)[:, :3]
         dark = (ray[:, 4:7] == 0).all(1)
         assert (np.linalg.norm(ray[:, 4:7], axis=1)[~dark] > 0.99999).all()
@@ -379,7 +380,7 @@ def test_contraction(rng):
 def test_distance_bent(rng):
     """Marching through bent space steps over more than it has seen to be empty."""
     n = 20000
-    y, room = (points_of_space(rng, n) - 0.5) * 4, uniform(rng, n, low=0.001, high=0.5)
+    y, room = (points_of_space(rng, n) - 0.5) * 4, uniform(rng, n, low=0.001, high=1.9)
     distance, d = buf(room), rng.normal(size=(n, 3))
     bend_distances(n, buf(y), distance)
     d *= distance.to_numpy()[:, None] / np.linalg.norm(d, axis=1, keepdims=True)
@@ -2000,6 +2001,37 @@ def test_measures(rng):
     assert_close("ssim", tinynerf.ssim(x, y), want, 1e-9)
 
 
+def test_render_view(rng):
+    """A view is rendered with another lens or in another place, or depth is not in the scene's units."""
+    camera, width, height = some_lenses()[1][4].copy(), 9, 7
+    camera[12:16] = [3, 3, 4.5, 3.5]
+    m, *_ = small_model(rng, tinynerf.level_layout(COARSE, 3), SPACE)
+    m.occupancy.fill(2**32 - 1)
+    _, depth = tinynerf.render_view(m, camera.astype(np.float32), width, height, 1)
+    cube = tinynerf.to_cube(camera[None].astype(np.float32), SPACE)
+    want = make_rays(sizes((width, height, 1)), cube, SPACE.near, math.sqrt(3) / 32, unbounded=1)[0]
+    assert_close("its rays", m.ray.to_numpy()[:8 * width * height].reshape(-1, 8), want, 1e-6)
+    opacity = 1 - m.pixel.to_numpy()[3:4 * width * height:4]
+    assert (opacity > 0.5).any()
+    assert_close("its depth", (depth.ravel() * opacity)[opacity > 0.5],
+                 4 * m.depth.to_numpy()[:width * height][opacity > 0.5], 1e-5)
+
+
+def test_evaluate(rng, monkeypatch):
+    """Views of several sizes and lenses are mixed up, or pixels that a mask leaves out count."""
+    photo = [types.SimpleNamespace(rgba=rng.integers(0, 256, (h, w, 4), np.uint8), lens=lens, camera=np.full(22, w),
+                                   name=str(w)) for w, h, lens in ((16, 12, 0), (13, 14, 1))]
+    for p in photo:
+        p.rgba[..., 3] = rng.choice([0, 255], p.rgba.shape[:2])
+    want = [tinynerf.psnr(0.3, (p.rgba[p.rgba[..., 3] == 255] / 255.0)[:, :3]) for p in photo]
+    views = tinynerf.pack_views(photo, "mask")
+    monkeypatch.setattr(tinynerf, "render_view", lambda m, camera, width, height, lens: (
+        np.full((height, width, 3), 0.3 if lens == (camera[0] == 13) else 9.0), None))
+    got = tinynerf.evaluate(None, views)
+    assert_close("psnr of what counts", got["psnr_per_view"], want, 1e-6)
+    assert got["psnr"] == pytest.approx(np.mean(want)) and 0 < got["ssim"] < 1
+
+
 @pytest.mark.parametrize("facing, share", [(False, 1), (False, 0.6), (True, 1)])
 def test_orbit_cameras(facing, share):
     """The video's cameras are mirrored, do not look at the subject, or go where no photo was taken."""
@@ -2530,22 +2562,27 @@ def test_commands(tmp_path, monkeypatch, capsys, recwarn):
     assert tinynerf.main(["eval", "my/run", "--arch", ARCH]) == 0
     assert f"{metrics['psnr']:.2f} dB" in capsys.readouterr().out
 
-    write_capture(tmp_path / "photos", width=16, height=12)
+    write_capture(tmp_path / "photos", width=16, height=12, change=lambda meta: meta.update(is_fisheye=True, k1=0.1))
+    imageio.imwrite(tmp_path / "photos" / photo_name(8), np.zeros((24, 32, 3), np.uint8))
     assert tinynerf.main(["train", "photos", "--steps", "1", "--out", "photos/run", "--arch", ARCH]) == 0
     metrics = json.loads((tmp_path / "photos" / "run" / "metrics.json").read_text())
     assert metrics["split"] == "every 8th of train" and 0 < metrics["psnr_fitted"] < 30
     capsys.readouterr()
     assert tinynerf.main(["eval", "photos/run", "--arch", ARCH]) == 0
     assert f"{metrics['psnr']:.2f} dB" in capsys.readouterr().out
+    assert tinynerf.main(["render", "photos/run", "--path", "test", "--out", "photos/test", "--arch", ARCH]) == 0
+    for i, shape in enumerate([(12, 16, 3), (24, 32, 3)]):                   # each with its own size and lens
+        frame = imageio.imread(f"photos/test/000{i}.png")
+        assert frame.shape == shape and np.array_equal(frame, imageio.imread(f"photos/run/test/00{i}.png"))
 
     step = [tinynerf.train_step, tinynerf.compare, tinynerf.march, tinynerf.scan, tinynerf.forward, tinynerf.probe,
             tinynerf.backward, tinynerf.color_backward, tinynerf.adam, tinynerf.load_weights]
     launched = set(re.findall(r"\bk\.([a-z]\w+)\(", "".join(map(inspect.getsource, step))))
     only_photos = {"contract_samples", "distortion_forward", "distortion_backward", "code_backward"}
-    for folder, names in (("sphere", launched - only_photos), ("photos", launched)):
-        assert tinynerf.main(["bench", folder, "--steps", "2", "--arch", ARCH]) == 0
-        table = re.findall(r"^\| (\w+) \| ([\d.]+) \|", capsys.readouterr().out, re.M)
-        assert {name for name, _ in table} == names and only_photos < launched
-        assert all(float(ms) > 0 for _, ms in table) and len(table) > 20
+    assert set(tinynerf.step_work(tinynerf.Model(TINY, BOX), 1, 1, 1)) == launched - only_photos
+    assert tinynerf.main(["bench", "photos", "--steps", "2", "--arch", ARCH]) == 0
+    table = re.findall(r"^\| (\w+) \| ([\d.]+) \|", capsys.readouterr().out, re.M)
+    assert {name for name, _ in table} == launched and only_photos < launched
+    assert all(float(ms) > 0 for _, ms in table) and len(table) > 20
     warnings = {str(w.message).strip() for w in recwarn if not issubclass(w.category, DeprecationWarning)}
     assert not warnings, f"{len(warnings)} warnings on the user's terminal, such as: {min(warnings)[:200]}"
