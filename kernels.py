@@ -144,7 +144,8 @@ def distort(x, y, m, camera: ti.template()):
 @ti.func
 def lens_direction(column, row, v, size: ti.template(), camera: ti.template()):
     """Direction, as camera v sees it (x right, y up, looking down -z; any length), of the light that falls on a point
-    of its image (in pixels); (0, 0, 0) if there is none: where a lens model is not one to one.
+    of its image (in pixels); (0, 0, 0) if there is none: where a lens model is not one to one. size and camera are
+    those of generate_rays.
 
     Newton's method inverts the lens model, starting from the distorted point; without distortion that is the solution.
     Lens 0: distort(). Lens 1, OpenCV's fisheye: theta is the angle to the optical axis, and the distance from the
@@ -175,7 +176,7 @@ def lens_direction(column, row, v, size: ti.template(), camera: ti.template()):
             x_got, y_got, xx, xy, yy = distort(x, y, m, camera)
             dx, dy = x_got - x_d, y_got - y_d
             det = xx * yy - xy * xy
-            solved = ti.max(ti.abs(dx), ti.abs(dy)) <= LENS_TOLERANCE and det > 0.0
+            solved = ti.max(ti.abs(dx), ti.abs(dy)) <= LENS_TOLERANCE and det > 0.0 and xx > 0.0
             x -= (yy * dx - xy * dy) / det
             y -= (xx * dy - xy * dx) / det
             turn += 1
@@ -371,8 +372,8 @@ def mark_visible_cells(grid_size: ti.i32, unbounded: ti.i32, n_views: ti.i32, ne
         seen = 0
         view = 0
         if unbounded == 1:                           # the sphere around the cell as it was before bending
-            if (center - 0.5).norm() > 2.0 * RADIUS:
-                view = n_views                       # nothing is contracted to here
+            if (center - 0.5).norm() > 2.0 * RADIUS + radius:
+                view = n_views                       # nothing is contracted to any of this cell
             middle = center
             center = expand(middle)
             for corner in range(8):
@@ -1309,7 +1310,9 @@ def composite_backward(n_rays: ti.i32, ray_span: i32buf, sample: f32buf, rgb_sig
                 T *= 1.0 - alpha
                 gain = -pixel[4 * r + 3] * grad_pixel[4 * r + 3]
                 for c in ti.static(range(3)):
-                    behind[c] -= w * rgb_sigma[4 * i + c]
+                    # Of what is behind, T gets through: no rounding beyond that, since an opaque sample has a large dt
+                    # sigma, which would blow it up.
+                    behind[c] = ti.math.clamp(behind[c] - w * rgb_sigma[4 * i + c], 0.0, T)
                     grad_rgb_sigma[4 * i + c] = w * grad_pixel[4 * r + c]
                     gain += (T * rgb_sigma[4 * i + c] - behind[c]) * grad_pixel[4 * r + c]
                 grad_rgb_sigma[4 * i + 3] = sample[5 * i + 4] * gain
@@ -1391,7 +1394,7 @@ def distortion_backward(n_rays: ti.i32, strength: ti.f32, counter: i32buf, ray_s
             g += 2.0 / 3.0 * w * ds
             weight += w
             moment += w * s
-            behind -= w * g
+            behind = ti.math.clamp(behind - w * g, 0.0, 3.0 * T)     # no rounding beyond that: g < 3
             grad_rgb_sigma[4 * i + 3] = grad_rgb_sigma[4 * i + 3] + scale * sample[5 * i + 4] * (T * g - behind)
 
 

@@ -1176,16 +1176,24 @@ def command_render(args):
     """tinynerf.py render: a video, or PNGs, from a run folder."""
     arch, device = start_taichi(args.arch)
     m, info, cameras = load_model(args.run, "cpu" if arch == "cpu" else "gpu")
-    old_size = info["width"], info["height"]
-    size = args.size or old_size
-    path = cameras["test"] if args.path == "test" else orbit_cameras(cameras["train"], args.frames or 96)
-    path = path[:args.frames]
-    frames = (to_bytes(render_view(m, resize_camera(camera, old_size, size), *size)[0]) for camera in path)
     out = args.out or os.path.join(args.run, "render.mp4" if args.path == "orbit" else "render_test")
+    size = args.size or (info["width"], info["height"])
+    if args.path == "test":
+        path, sizes = cameras["test"][:args.frames], cameras["test_size"][:, 1:].tolist()
+        own_size = not args.size and not os.path.splitext(out)[1]            # frames of a video are of one size
+    else:
+        path, own_size = orbit_cameras(cameras["train"], args.frames or 96), False
+        sizes = [(info["width"], info["height"], 0)] * len(path)
+
+    def render(camera, width, height, lens):
+        new_size = (width, height) if own_size else size
+        return to_bytes(render_view(m, resize_camera(camera, (width, height), new_size), *new_size, lens)[0])
+
+    frames = (render(camera, *old) for camera, old in zip(path, sizes))
     start = time.perf_counter()
     out = write_frames(out, frames, len(path))
     seconds = (time.perf_counter() - start) / len(path)
-    print(f"{len(path)} frames of {size[0]}x{size[1]} in {out}, {seconds:.2f} s a frame on {arch} ({device})")
+    print(f"{len(path)} frames in {out}, {seconds:.2f} s a frame on {arch} ({device})")
 
 
 def command_eval(args):
@@ -1232,7 +1240,7 @@ def step_work(m, rays, marched, kept):
     and written at least. Marching and random numbers are counted by their bytes, although they mostly compute."""
     forward = sum(2 * k.WIDTH * count_rows(net.n_in, net.n_hidden, net.n_out) for net in (m.density, m.color))
     corners = 8 * m.n_levels * 4 * k.N_FEATURES                                  # bytes of table per sample
-    return dict(
+    work = dict(
         pick_pixels=("copy", 4 * rays), generate_rays=("copy", 60 * rays), count_samples=("copy", 44 * rays),
         sum_counts=("copy", 16 * rays), scan_blocks=("copy", 16 * rays // m.settings["block"]),
         claim_spans=("copy", 24 * rays), write_samples=("copy", 48 * rays + 16 * marched),
@@ -1249,6 +1257,12 @@ def step_work(m, rays, marched, kept):
         density_head_backward=("copy", 224 * kept), hash_encode_backward=("gather", 2 * corners * kept),
         sum_partials=("copy", 4 * m.n_weights * (kept // m.settings["chunk"] + 2)),
         adam_step=("copy", 4 * k.N_FEATURES * m.n_rows), load_weights=("copy", 12 * m.n_weights))
+    if m.space.unbounded:
+        work.update(contract_samples=("copy", 24 * marched), distortion_forward=("copy", 20 * rays + 12 * kept),
+                    distortion_backward=("copy", 20 * rays + 20 * kept))
+    if m.n_code:
+        work.update(code_backward=("copy", 4 * (1 + m.n_code) * kept))
+    return work
 
 
 def command_bench(args):
