@@ -561,8 +561,8 @@ def distance_bent(y, room):
 @ti.func
 def next_sample(origin, direction, t_first, t_last, k, step_length, growth, unbounded, grid_size,
                 occupancy: ti.template()):
-    """The first step index >= k whose point, step_distance(k) behind t_first, lies before t_last and in an occupied
-    cell, END if there is none; and whether that cell is dark.
+    """The first step index >= k whose point, step_distance(k) behind t_first, lies before t_last and in a cell that is
+    set in `occupancy`, END if there is none; and whether that cell is dark.
 
     An empty cell, or a whole empty brick or block, is left in one go, by as many whole steps as it takes: the points
     that are tested do not depend on what lies between them. Where space is bent, so are rays: there, one goes as far
