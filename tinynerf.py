@@ -1167,6 +1167,7 @@ def measure(m, views, out=None):
         metrics = evaluate(m, views, each)
         if m.n_code:
             metrics["psnr_fitted"] = evaluate_fitted(m, views)
+            print(f"{metrics['psnr_fitted']:.2f} dB on the views' right halves, their codes fitted to the left halves")
     if out is not None:
         imageio.imwrite(os.path.join(out, "compare.png"), to_bytes(np.concatenate(rows)))
     return dict(metrics, n_views=n, image_size=views.size[0, 1:3].tolist(), background="white")
