@@ -1402,8 +1402,8 @@ def distortion_backward(n_rays: ti.i32, strength: ti.f32, counter: i32buf, ray_s
 
 @ti.kernel
 def loss_and_gradient(n_rays: ti.i32, random_background: ti.i32, masked: ti.i32, seed: ti.i32, step: ti.i32,
-                      counter: i32buf, ray_pixel: i32buf, image: u32buf, ray_step: i32buf, ray_span: i32buf,
-                      pixel: f32buf, loss: f32buf, grad_pixel: f32buf):
+                      counter: i32buf, ray_pixel: i32buf, image: u32buf, ray_step: i32buf, pixel: f32buf,
+                      loss: f32buf, grad_pixel: f32buf):
     """Squared error of each ray's color against its photograph, both over the same background:
 
         color  = pixel + T background            target = a image + (1 - a) background
@@ -1417,8 +1417,7 @@ def loss_and_gradient(n_rays: ti.i32, random_background: ti.i32, masked: ti.i32,
     counter     [4]                  in
     ray_pixel   [n_rays]             in
     image       [pixels of all views] in   one word a pixel: red in the lowest byte, then green, blue, straight alpha
-    ray_step    [n_rays]             in    DARK where the ray ended in a dark cell
-    ray_span    [n_rays, 2]          in    [0] < 0 where the ray was dropped
+    ray_step    [n_rays]             in    END or DARK: how the ray ended; less where it was dropped
     pixel       [n_rays, 4]          in    from composite_forward
     loss        [n_rays]             out   |color - target|^2 / 3; 0 where the ray does not count
     grad_pixel  [n_rays, 4]          out   0 where the ray does not count
@@ -1427,8 +1426,8 @@ def loss_and_gradient(n_rays: ti.i32, random_background: ti.i32, masked: ti.i32,
     for r in range(n_rays):
         word = image[ray_pixel[r]]
         a = ti.cast(word >> 24, ti.f32) / 255.0
-        counts = ti.select(ray_span[2 * r] < 0, 0.0, 1.0)
-        if ray_step[r] == DARK and pixel[4 * r + 3] >= T_STOP:
+        counts = 1.0
+        if ray_step[r] < END or (ray_step[r] == DARK and pixel[4 * r + 3] >= T_STOP):
             counts = 0.0
         if masked == 1:
             counts = ti.select(a < 1.0, 0.0, counts)

@@ -1216,13 +1216,12 @@ def test_loss(rng, random_background, masked):
     image[rng.random(n_pixels) < 0.3, 3] = 0
     image[rng.random(n_pixels) < 0.3, 3] = 255
     ray_pixel, pixel = rng.integers(0, n_pixels, n), uniform(rng, n, 4, low=0, high=1)
-    span, kept = np.tile([0, 1], (n, 1)), np.arange(n) < 40
-    span[~kept] = [-1, 0]
     ray_step, pixel[::5, 3] = np.where(np.arange(n) % 3, k.END, k.DARK), k.T_STOP / 4
-    kept &= (ray_step == k.END) | (pixel[:, 3] < k.T_STOP)
+    ray_step[40:] = np.arange(10)
+    kept = (ray_step == k.END) | (ray_step == k.DARK) & (pixel[:, 3] < k.T_STOP)
     loss, grad = buf(np.full(n, 9.0)), buf(np.full((n, 4), 9.0))
     k.loss_and_gradient(n, random_background, masked, seed, step, count(40), buf(ray_pixel), buf(image.view("<u4")),
-                        buf(ray_step), buf(span), buf(pixel), loss, grad)
+                        buf(ray_step), buf(pixel), loss, grad)
     rgba, background = image[ray_pixel] / 255.0, np.ones((n, 3))
     if random_background:
         background = background_model(n, seed, step)

@@ -656,7 +656,7 @@ def compare(m, n_rays, views, seed, step, first_code):
     forward(m, n_rays, n_steps, first_code)
     random_background = int(space.unbounded or views.alpha == "background")
     k.loss_and_gradient(n_rays, random_background, int(views.alpha == "mask"), seed, step, m.march_counter,
-                        m.ray_pixel, views.pixels, m.ray_step, m.march_span, m.pixel, m.loss, m.grad_pixel)
+                        m.ray_pixel, views.pixels, m.ray_step, m.pixel, m.loss, m.grad_pixel)
 
 
 def train_step(m, n_rays, views, seed, step, learning_rate):
