@@ -36,6 +36,7 @@ END = 1 << 30         # step index of a ray that has left the box
 DARK = END + 1        # step index of a ray that has ended in a dark cell
 RADIUS = 0.25         # of the ball in the middle of the cube that the contraction leaves as it is
 FAR = 25.0            # where rays of an unbounded scene end, in sides of the cube
+CODE_SCALE = 0.05     # of photographs' codes where they enter the color MLP: small ones, so that their mean is one too
 CAMERA = 22           # numbers of a camera: see generate_rays
 LENS_TOLERANCE = 1e-6  # to which a lens is inverted, in units of the focal length
 T_STOP = 1e-3         # a ray ends when less than this share of light reaches its next sample
@@ -1135,8 +1136,9 @@ def density_head_backward(counter: i32buf, rgb_sigma: f32buf, grad_rgb_sigma: f3
 @ti.kernel
 def color_input_forward(n_code: ti.i32, first: ti.i32, counter: i32buf, geometry: rows16, sample_ray: i32buf,
                         ray: f32buf, ray_view: i32buf, params: rowsF, color_input: rows64):
-    """color_input[i] = (geometry[i], Y(direction), code[view]): what the density MLP says, the 16 real spherical
-    harmonics of bands 0 to 3, and n_code numbers that are learned for each photograph, for what differs between
+    """color_input[i] = (geometry[i], Y(direction), CODE_SCALE code[view]): what the density MLP says, the 16 real
+    spherical harmonics of bands 0 to 3, and n_code numbers that are learned for each photograph, for what differs
+    between
     photographs of one scene, such as exposure and white balance (Martin-Brualla et al. 2021, "NeRF in the Wild",
     section 4.1; n_code = 0 where photographs agree).
 
@@ -1166,13 +1168,13 @@ def color_input_forward(n_code: ti.i32, first: ti.i32, counter: i32buf, geometry
             color_input[i][OUTPUT + c] = Y[c]
         for c in range(n_code):
             at = first + n_code * ray_view[r] + c
-            color_input[i][2 * OUTPUT + c] = params[at // N_FEATURES][at % N_FEATURES]
+            color_input[i][2 * OUTPUT + c] = CODE_SCALE * params[at // N_FEATURES][at % N_FEATURES]
 
 
 @ti.kernel
 def code_backward(n_code: ti.i32, first: ti.i32, n_chunks: ti.i32, chunk: ti.i32, counter: i32buf, sample_ray: i32buf,
                   ray_view: i32buf, grad_color_input: rows64, grad_params: rowsF):
-    """grad_code[view] += sum of grad_color_input[i][32:32 + n_code] over the samples i of the view's rays
+    """grad_code[view] += CODE_SCALE sum of grad_color_input[i][32:32 + n_code] over the samples i of the view's rays
 
     n_chunks chunks of `chunk` samples each, at least as many as there are samples.
     counter           [4]                       in
@@ -1187,7 +1189,7 @@ def code_backward(n_code: ti.i32, first: ti.i32, n_chunks: ti.i32, chunk: ti.i32
         for i in range(t * chunk, ti.min((t + 1) * chunk, counter[0])):
             for c in range(n_code):
                 at = first + n_code * ray_view[sample_ray[i]] + c
-                g = grad_color_input[i][2 * OUTPUT + c]
+                g = CODE_SCALE * grad_color_input[i][2 * OUTPUT + c]
                 if chunk >= counter[0]:
                     grad_params[at // N_FEATURES][at % N_FEATURES] = grad_params[at // N_FEATURES][at % N_FEATURES] + g
                 else:
