@@ -2018,7 +2018,8 @@ def test_render_view(rng):
 
 
 def test_evaluate(rng, monkeypatch):
-    """Views of several sizes and lenses are mixed up, or pixels that a mask leaves out count."""
+    """Views of several sizes and lenses are mixed up, pixels that a mask leaves out count, or codes are learned from
+    the half of a view that is measured."""
     photo = [types.SimpleNamespace(rgba=rng.integers(0, 256, (h, w, 4), np.uint8), lens=lens, camera=np.full(22, w),
                                    name=str(w)) for w, h, lens in ((16, 12, 0), (13, 14, 1))]
     for p in photo:
@@ -2030,6 +2031,15 @@ def test_evaluate(rng, monkeypatch):
     got = tinynerf.evaluate(None, views)
     assert_close("psnr of what counts", got["psnr_per_view"], want, 1e-6)
     assert got["psnr"] == pytest.approx(np.mean(want)) and 0 < got["ssim"] < 1
+    right = [view[:, view.shape[1] // 2:] for view in view_images(views)]
+    want = [tinynerf.psnr(0.3, (rgba[rgba[..., 3] == 255] / 255.0)[:, :3]) for rgba in right]
+    m = tinynerf.Model({**TINY, **COARSE, "march": 64, "rays": 16, "grid": 16}, SPACE, 2)
+    monkeypatch.setattr(tinynerf, "render_view", lambda m, camera, w, h, lens: (np.full((h, w, 3), 0.3), None))
+    assert tinynerf.evaluate_fitted(m, views, n_steps=1) == pytest.approx(np.mean(want), abs=1e-5)
+    assert (m.ray_pixel.to_numpy() % 13 < 6).all() and m.ray_pixel.to_numpy().max() > 13
+    got = tinynerf.upload_views(m, views)
+    assert got.alpha == "mask" and got.n == 2 and np.array_equal(got.pixels.to_numpy(), views.pixels)
+    assert np.array_equal(got.size.to_numpy(), views.size.ravel())
 
 
 @pytest.mark.parametrize("facing, share", [(False, 1), (False, 0.6), (True, 1)])
