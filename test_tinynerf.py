@@ -266,21 +266,22 @@ def lens_model(direction, lens, camera):
     return np.stack([fx * x + cx, fy * y + cy], 1)
 
 
-def some_lenses():
+def some_lenses(scale=1):
     """Views of 6000 pixels, strips of large photos but for one: size, camera. The first five see everywhere; light for
     pixels beyond a circle is there in none of the last three (its radius in focal lengths comes along)."""
     lenses = [(0, 900, 700, [0] * 6), (0, 900, 10, [-0.28, 0.09, -0.01, 0.001, 0.003, -0.002]),
-              (0, 45, 31, [0.2, 0.05, 0.01, 0.001, -0.01, 0.02]), (1, 800, 300, [0] * 6),
+              (0, 45 / scale, 31 / scale, [0.2, 0.05, 0.01, 0.001, -0.01, 0.02]), (1, 800, 300, [0] * 6),
               (1, 620, 500, [0.02, -0.005, 0.001, -0.0002, 0, 0]), (0, 900, 400, [-0.5, 0, 0, 0, 0, 0]),
               (1, 900, 1.5, [-0.2, 0, 0, 0, 0, 0]), (1, 300, 9, [0] * 6)]
     camera = [look_at([1.5, 0.1 * v, 0.7], [0.5, 0.5, 0.5], 1, 1, 1) for v in range(len(lenses))]
-    for c, (_, focal, cy, numbers) in zip(camera, lenses):
-        c[12:] = np.float32([focal, 1.1 * focal, 49 if focal < 99 else 980, cy] + numbers)
-    size = sizes(*[(100, 60, lens) if focal < 99 else (2000, 3, lens) for lens, focal, *_ in lenses])
+    shape = [(100, 60) if v == 2 else (round(2000 * scale), round(3 / scale)) for v in range(len(lenses))]
+    for c, (_, focal, cy, numbers), (width, _) in zip(camera, lenses, shape):
+        c[12:] = np.float32([scale * focal, 1.1 * scale * focal, 0.49 * width, scale * cy] + numbers)
+    size = sizes(*[(*wh, lens) for wh, (lens, *_) in zip(shape, lenses)])
     return size, np.array(camera), [8**0.5 / 27**0.5, 0.860663, math.pi]
 
 
-def test_lens(rng):
+def test_lens():
     """The direction of a pixel's light is not the one that the lens puts there, for a wide lens, a fisheye that looks
     backwards, or among views of several lenses; or a lens that folds over makes directions out of nothing."""
     size, camera, limit = some_lenses()
@@ -303,9 +304,9 @@ def test_lens(rng):
             assert (ray.reshape(len(camera), -1, 8)[v, dark, 7] < ray.reshape(len(camera), -1, 8)[v, dark, 3]).all()
 
 
-def test_bound_views(rng):
+def test_bound_views():
     """The pyramid around what a camera sees leaves out some of it."""
-    size, camera, _ = some_lenses()
+    size, camera, _ = some_lenses(0.1)               # short borders: renderers in software end loops after 65535 turns
     bound, ray = buf(np.full((len(size), 4), 9.0)), make_rays(size, camera, 0.05, 0.01)[0].reshape(len(size), -1, 8)
     k.bound_views(len(size), buf(size), buf(camera), bound)
     got = bound.to_numpy().reshape(-1, 2, 2)
@@ -316,8 +317,8 @@ def test_bound_views(rng):
             continue
         slope = local[:, :2] / -local[:, 2:]
         room = np.abs([got[v, :, 0] - slope.min(0), got[v, :, 1] - slope.max(0)])
-        assert (got[v, :, 0] < slope.min(0)).all() and (slope.max(0) < got[v, :, 1]).all() and room.max() < 0.02
-    assert_close("without distortion", got[0], [[-980 / 900, 1020 / 900], [697 / 990, 700 / 990]], 1e-6)
+        assert (got[v, :, 0] < slope.min(0)).all() and (slope.max(0) < got[v, :, 1]).all() and room.max() < 0.15
+    assert_close("without distortion", got[0], [[-980 / 900, 1020 / 900], [40 / 99, 70 / 99]], 1e-6)
     assert (got[[1, 2, 3]] != 1e4).all() and (got[4:] == [[-1e4, 1e4]] * 2).all()
 
 
@@ -2063,7 +2064,8 @@ def test_render_view(rng):
 
 
 def test_evaluate(rng, monkeypatch):
-    """Views of several sizes and lenses are mixed up, or pixels that a mask leaves out count."""
+    """Views of several sizes and lenses are mixed up, pixels that a mask leaves out count, or codes are learned from
+    the half of a view that is measured."""
     photo = [types.SimpleNamespace(rgba=rng.integers(0, 256, (h, w, 4), np.uint8), lens=lens, camera=np.full(22, w),
                                    name=str(w)) for w, h, lens in ((16, 12, 0), (13, 14, 1))]
     for p in photo:
@@ -2075,6 +2077,15 @@ def test_evaluate(rng, monkeypatch):
     got = tinynerf.evaluate(None, views)
     assert_close("psnr of what counts", got["psnr_per_view"], want, 1e-6)
     assert got["psnr"] == pytest.approx(np.mean(want)) and 0 < got["ssim"] < 1
+    right = [view[:, view.shape[1] // 2:] for view in view_images(views)]
+    want = [tinynerf.psnr(0.3, (rgba[rgba[..., 3] == 255] / 255.0)[:, :3]) for rgba in right]
+    m = tinynerf.Model({**TINY, **COARSE, "march": 64, "rays": 16, "grid": 16}, SPACE, 2)
+    monkeypatch.setattr(tinynerf, "render_view", lambda m, camera, w, h, lens: (np.full((h, w, 3), 0.3), None))
+    assert tinynerf.evaluate_fitted(m, views, n_steps=1) == pytest.approx(np.mean(want), abs=1e-5)
+    assert (m.ray_pixel.to_numpy() % 13 < 6).all() and m.ray_pixel.to_numpy().max() > 13
+    got = tinynerf.upload_views(m, views)
+    assert got.alpha == "mask" and got.n == 2 and np.array_equal(got.pixels.to_numpy(), views.pixels)
+    assert np.array_equal(got.size.to_numpy(), views.size.ravel())
 
 
 @pytest.mark.parametrize("facing, share", [(False, 1), (False, 0.6), (True, 1)])
