@@ -1138,9 +1138,8 @@ def color_input_forward(n_code: ti.i32, first: ti.i32, counter: i32buf, geometry
                         ray: f32buf, ray_view: i32buf, params: rowsF, color_input: rows64):
     """color_input[i] = (geometry[i], Y(direction), CODE_SCALE code[view]): what the density MLP says, the 16 real
     spherical harmonics of bands 0 to 3, and n_code numbers that are learned for each photograph, for what differs
-    between
-    photographs of one scene, such as exposure and white balance (Martin-Brualla et al. 2021, "NeRF in the Wild",
-    section 4.1; n_code = 0 where photographs agree).
+    between photographs of one scene, such as exposure and white balance (Martin-Brualla et al. 2021, "NeRF in the
+    Wild", section 4.1; n_code = 0 where photographs agree).
 
     Constants: Sloan 2008, "Stupid Spherical Harmonics Tricks", appendix A2. Cameras are given, so no gradient goes to
     the direction; that of geometry is taken up by density_head_backward, that of the code by code_backward.

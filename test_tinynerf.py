@@ -1043,7 +1043,8 @@ def test_color_input(rng):
         k.color_input_forward(n_code, first, count(n), rows(geometry, 16), buf(order), buf(ray), buf(view), params,
                               color_input)
         got = color_input.to_numpy().astype(np.float64)
-        assert np.array_equal(got[:, 32:], np.hstack([code[view[order], :n_code], np.full((n, 32 - n_code), 9)]))
+        scaled = np.float32(k.CODE_SCALE) * code[view[order], :n_code].astype(np.float32)
+        assert np.array_equal(got[:, 32:], np.hstack([scaled, np.full((n, 32 - n_code), 9)]))
     assert_close("spherical harmonics", got[:, 16:32], harmonics_model(d)[order], 1e-5)
     assert np.array_equal(got[:, :16], geometry)
     area = np.repeat(w, 16)[order, None] * np.pi / 8
@@ -1059,7 +1060,7 @@ def test_code_gradient(rng, chunk):
         rng, 20 * F)
     view[view == 3] = 2                              # this photograph has no samples
     grad, want = rowsF(start), np.zeros((n_views + 1, 8))
-    np.add.at(want, view[ray], g[:, 32:40])
+    np.add.at(want, view[ray], k.CODE_SCALE * g[:, 32:40])
     g = rows(np.vstack([g, np.full((20, 64), 9)]))
     k.code_backward(8, first, -(-n // chunk), chunk, count(n), buf(np.append(ray, [0] * 20)), buf(view), g, grad)
     got = grad.to_numpy().ravel()
@@ -1290,7 +1291,7 @@ def field_model(layout, table, W, x, direction, code=0):
     feature = hash_encode_model(layout, table, x)
     geometry = mlp_model(feature, [W["density"][0][:feature.shape[1]], W["density"][1]])[-1]
     code = np.zeros((len(x), 0)) if np.isscalar(code) else code
-    color = mlp_model(np.concatenate([geometry, harmonics_model(direction), code], 1), W["color"])[-1]
+    color = mlp_model(np.concatenate([geometry, harmonics_model(direction), k.CODE_SCALE * code], 1), W["color"])[-1]
     return np.concatenate([sigmoid(color), sigma_model(geometry[:, :1])], 1)
 
 
