@@ -33,6 +33,7 @@ OUTPUT = 16           # most outputs an MLP has: the density MLP's; the color ML
 N_FEATURES = 4        # F: features of a hash-table slot, and numbers in a row of the parameters
 UNKNOWN = 1e9         # density of a cell that nobody has looked at yet: it counts as occupied
 END = 1 << 30         # step index of a ray that has left the box
+NEVER = 2**31 - 1     # the first step whose loss is no finite number, while there is none
 RADIUS = 0.25         # of the ball in the middle of the cube that the contraction leaves as it is
 FAR = 25.0            # where rays of an unbounded scene end, in sides of the cube
 CAMERA = 22           # numbers of a camera: see generate_rays
@@ -1356,7 +1357,7 @@ def distortion_backward(n_rays: ti.i32, strength: ti.f32, counter: i32buf, ray_s
 @ti.kernel
 def loss_and_gradient(n_rays: ti.i32, random_background: ti.i32, masked: ti.i32, seed: ti.i32, step: ti.i32,
                       counter: i32buf, ray_pixel: i32buf, image: u32buf, ray_span: i32buf, pixel: f32buf,
-                      loss: f32buf, grad_pixel: f32buf):
+                      loss: f32buf, grad_pixel: f32buf, bad_step: i32buf):
     """Squared error of each ray's color against its photograph, both over the same background:
 
         color  = pixel + T background            target = a image + (1 - a) background
@@ -1373,7 +1374,9 @@ def loss_and_gradient(n_rays: ti.i32, random_background: ti.i32, masked: ti.i32,
     pixel       [n_rays, 4]          in    from composite_forward
     loss        [n_rays]             out   |color - target|^2 / 3; 0 where dropped or masked
     grad_pixel  [n_rays, 4]          out   0 where dropped or masked
+    bad_step    [1]                  in-out  the first step whose loss is infinite or not a number, so far
     thread      one per ray
+    atomic      i32 min on bad_step, where that happens
     """
     for r in range(n_rays):
         word = image[ray_pixel[r]]
@@ -1396,6 +1399,8 @@ def loss_and_gradient(n_rays: ti.i32, random_background: ti.i32, masked: ti.i32,
             grad_T += 2.0 * scale * error * background
         grad_pixel[4 * r + 3] = grad_T
         loss[r] = counts * total
+        if (ti.bit_cast(total, ti.u32) >> 23) & ti.u32(255) == ti.u32(255):      # fast math believes no comparison
+            ti.atomic_min(bad_step[0], step)
 
 
 @ti.kernel

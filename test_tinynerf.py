@@ -16,6 +16,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -1883,6 +1884,82 @@ def test_convert_command(tmp_path, rng, capsys, monkeypatch):
         assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
     assert convert.main(["scene", "-o", "other.json"]) == 0
     assert json.loads((tmp_path / "other.json").read_text())["frames"][0]["file_path"] == "scene/images/a b  c.png"
+
+
+# ---- Runs survive ---------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def tiny(monkeypatch, tmp_path):
+    """A machine of the smallest kind, and a folder to run in."""
+    monkeypatch.setattr(tinynerf, "MACHINES", {"cpu": TINY, "gpu": TINY})
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def command(*argv):
+    """Exit code of a command line, on the arch that is tested."""
+    return tinynerf.main([str(a) for a in argv] + ["--arch", ARCH])
+
+
+def run_arrays(name):
+    with np.load(name, allow_pickle=False) as file:
+        return {key: file[key] for key in file.files}
+
+
+def interrupt_at(monkeypatch, step, how=lambda: signal.raise_signal(signal.SIGINT)):
+    """Something happens in the middle of a step: by default, Ctrl-C."""
+    plain = tinynerf.backward
+
+    def backward(m, n_rays):
+        plain(m, n_rays)
+        calls.append(n_rays)
+        if len(calls) == step + 1:                   # one before the clock starts
+            how()
+    calls = []
+    monkeypatch.setattr(tinynerf, "backward", backward)
+    return calls
+
+
+@pytest.mark.parametrize("kind", ["scene", "capture"])
+def test_resume(tiny, monkeypatch, capsys, kind):
+    """A run that was interrupted, twice, ends other than one that was not; or Ctrl-C leaves less than it should."""
+    if kind == "scene":
+        write_scene(tiny / "scene", n_train=8, size=24)
+    else:
+        write_capture(tiny / "scene")
+    assert command("train", "scene", "--out", "whole", "--seed", 3, "--steps", 100) == 0
+    kept = []
+    plain = tinynerf.save_arrays
+    monkeypatch.setattr(tinynerf, "save_arrays", lambda path, info, **arrays: kept.append(info) or plain(path, info, **arrays))
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 5)
+        assert command("train", "scene", "--out", "run", "--seed", 3, "--steps", 100) == 0
+    assert "interrupted at step 8" in capsys.readouterr().out            # it ends where the host looks next
+    assert {"model.npz", "checkpoint.npz", "metrics.json", "log.csv", "compare.png"} <= set(os.listdir("run"))
+    assert json.loads(open("run/metrics.json").read())["steps"] == 8
+    assert command("render", "run", "--frames", 1, "--out", "frames") == 0
+    os.rename("scene", "moved")
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, 50)
+        assert command("train", "moved", "--resume", "run") == 0
+    with open("run/log.csv", "a") as file:           # of a run that was killed later than its last checkpoint
+        file.write("96,1.0,1.0,1.0\r\n97,1.")
+    assert command("train", "--resume", "run") == 0
+    assert not os.path.exists("run/checkpoint.npz")
+
+    states = [info["state"]["step"] for info in kept if "state" in info]
+    assert states == [1, 8, 64, 100]
+    whole, run = run_arrays("whole/model.npz"), run_arrays("run/model.npz")
+    log = {name: [row.split(",") for row in open(f"{name}/log.csv").read().splitlines()] for name in ("whole", "run")}
+    metrics = {name: json.loads(open(f"{name}/metrics.json").read()) for name in ("whole", "run")}
+    assert [row[0] for row in log["run"]] == [row[0] for row in log["whole"]]
+    if ON_CPU:
+        assert all(np.array_equal(run[name], whole[name]) for name in whole if name != "info")
+        assert [row[2:] for row in log["run"]] == [row[2:] for row in log["whole"]]
+        assert not {name for name in metrics["run"] if metrics["run"][name] != metrics["whole"][name]
+                    and "second" not in name and "memory" not in name}
+    assert command("train", "--resume", "run") == 2
+    assert "complete" in capsys.readouterr().err
 
 
 # ---- Command line ---------------------------------------------------------------------------------------------------
