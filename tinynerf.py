@@ -22,7 +22,6 @@ import posixpath
 import re
 import shutil
 import signal
-import struct
 import sys
 import tempfile
 import time
@@ -265,7 +264,7 @@ def load_frames(path, meta, folder, downscale, capture):
         wrong["the name of an earlier frame"] = [frame.name for frame in frames if frame is not unique[frame.name]]
         frames = [unique[name] for name in sorted(unique)]
     n_pixels = sum(count_pixels(find_image(folder, frame.name)) for frame in frames) // downscale**2
-    check_fits(f"reading the {len(frames)} images of {path}", 4 * n_pixels / 1e6, f"use --downscale {2 * downscale} or more")
+    check_fits(f"reading the {len(frames)} images of {path}", 4 * n_pixels / 1e6, f"use --downscale {2 * downscale}")
     with concurrent.futures.ThreadPoolExecutor() as pool:
         views, problems = zip(*pool.map(lambda frame: load_view(frame, folder, downscale, capture), frames))
     for what, which in filter(None, problems):
@@ -895,19 +894,20 @@ def evaluate_fitted(m, views, n_steps=50, n_rays=2048):
 # ---- Files: the model, pictures, the video --------------------------------------------------------------------------
 
 FORMAT = 2                      # of model.npz and checkpoint.npz
-FILE_LIMIT = 2**30              # bytes that such a file may have; reading it takes no more
+FILE_LIMIT = 2**30              # bytes that such a file may have; reading it takes at most twice as many
 
-# What the numbers in a file may be, at least and at most: it may come from anyone. Floats where these are floats.
-BOUNDS = {
-    "info": dict(n_levels=(1, N_LEVELS), n_photos=(0, 2**20), downscale=(1, 10**9), width=(1, 2**15), height=(1, 2**15)),
-    "settings": dict(coarsest=(1, 2**16), finest=(1, 2**16), table=(1, 2**24), grid=(16, 512), train_steps=(1, 2**14),
-                     render_steps=(1, 2**14)),
-    "space": dict(side=(1e-12, 1e12), unbounded=(0, 1), near=(0.0, 1e3)),
-    "run": dict(seed=(-2**31, 2**31 - 1), views=(0, 2**32 - 1)),
-    "steps": dict(steps=(1, 10**9)),
-    "seconds": dict(seconds=(1e-9, 1e9)),
-    "state": dict(step=(1, 10**9), progress=(0.0, 1e9), seconds=(0.0, 1e9), cell=(0, 2**27), n_rays=(1, 2**31 - 1),
-                  samples=(0, 2**62), rays=(0, 2**62), rays_dropped=(0, 2**62))}
+# What their info has to say, see believe(); it may come from anyone.
+POWERS = {2**i for i in range(4, 25)}
+MODEL_INFO = dict(
+    scene=str, downscale=(1, 10**9), width=(1, 2**15), height=(1, 2**15), n_levels=(1, N_LEVELS), n_photos=(0, 2**20),
+    space=dict(center=3 * [(-1e12, 1e12)], side=(1e-12, 1e12), unbounded=(0, 1), near=(0.0, 1e3)),
+    settings=dict(coarsest=(1, 2**16), finest=(1, 2**16), table=POWERS, grid=POWERS & set(range(16, 513)),
+                  train_steps=(1, 2**14), render_steps=(1, 2**14)))
+CHECKPOINT_INFO = dict(
+    MODEL_INFO, seed=(-2**31, 2**31 - 1), views=(0, 2**32), arch={"cpu", "cuda", "vulkan", "metal"}, target=(1e-9, 1e9),
+    unit={"steps", "seconds"}, state=dict(
+        step=(1, 10**9), progress=(0.0, 1e9), seconds=(0.0, 1e9), cell=(0, 2**27), n_rays=(1, 2**31 - 1),
+        samples=(0, 2**62), rays=(0, 2**62), rays_dropped=(0, 2**62)))
 
 
 @contextlib.contextmanager
@@ -927,11 +927,10 @@ def replacing(path):
             raise UserError(f"cannot write {path}: {error.strerror or one_line(error)}",
                             "check the folder, its permissions and the free space; an older file there is intact")
         raise
-    if os.name == "posix":
-        with contextlib.suppress(OSError):           # the folder's entry, where the file system can
-            folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
-            os.fsync(folder)
-            os.close(folder)
+    with contextlib.suppress(OSError):               # the folder's entry, where the system can
+        folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
 
 
 def save_arrays(path, info, **arrays):
@@ -940,44 +939,35 @@ def save_arrays(path, info, **arrays):
         np.savez(file, info=np.array(json.dumps(dict(info, format=FORMAT))), **arrays)
 
 
-def take_numbers(kind, values):
-    """The numbers that BOUNDS[kind] speaks of from a dict; ValueError unless they are within its bounds."""
-    for name, (low, high) in BOUNDS[kind].items():
-        x = values[name]
-        if isinstance(x, bool) or not isinstance(x, (int, type(low))) or not low <= x <= high:       # nor NaN
-            raise ValueError(f"{name} = {x!r:.40}")
-    return {name: values[name] for name in BOUNDS[kind]}
+def believe(x, schema):
+    """Anyone's JSON, cut down to what a schema asks for, and sound. ValueError, KeyError, TypeError ...
 
-
-def check_info(info, training):
-    """Anyone's info of a model, or of a checkpoint (training), with nothing in it that was not checked. ValueError,
-    KeyError, TypeError ..."""
-    settings, space = take_numbers("settings", info["settings"]), take_numbers("space", info["space"])
-    if any(settings[name] & (settings[name] - 1) for name in ("table", "grid")):
-        raise ValueError("table and grid are not powers of two")
-    x, y, z = (parse_number("center", c, -1e12, 1e12) for c in info["space"]["center"])
-    if None in (x, y, z) or not isinstance(info["scene"], str) or not info["scene"].isprintable():
-        raise ValueError("center or scene")
-    checked = dict(take_numbers("info", info), settings=settings, space=dict(space, center=[x, y, z]),
-                   scene=info["scene"])
-    if training:
-        (unit,), arch = info["length"], info["arch"]
-        if unit not in ("steps", "seconds") or arch not in ("cpu", "cuda", "vulkan", "metal"):
-            raise ValueError("length or arch")
-        checked.update(take_numbers("run", info), length=take_numbers(unit, info["length"]), arch=arch,
-                       state=take_numbers("state", info["state"]))
-    return checked
+    A schema is a dict or list of schemas, a set of values, str, or (least, most) of a number; of a float if least is.
+    """
+    if isinstance(schema, (dict, list)):
+        keys = schema if isinstance(schema, dict) else range(len(schema))
+        found = {key: believe(x[key], schema[key]) for key in keys}
+        return found if isinstance(schema, dict) else list(found.values())
+    if isinstance(schema, set):
+        sound = type(x) in (int, str) and x in schema
+    elif schema is str:
+        sound = isinstance(x, str) and x.isprintable()
+    else:
+        sound = type(x) in (int, type(schema[0])) and schema[0] <= x <= schema[1]             # NaN is not <=
+    if not sound:
+        raise ValueError(f"its info has {x!r:.40}")
+    return x
 
 
 def read_member(file, name, dtype, *shape):
-    """An array from an open zip file; ValueError unless it is stored as np.savez does, its dtype matches a pattern, and
+    """An array of an open zip file; ValueError unless it is stored as np.savez does, its dtype matches a pattern, and
     it has this shape (None: any number). Nothing is read before it is known how much that will be."""
     entry = file.getinfo(name + ".npy")
     with file.open(entry) as member:
         header = re.fullmatch(rb"\x93NUMPY\x01\x00v\x00\{'descr': '(\S{2,9})', 'fortran_order': False, "
                               rb"'shape': \(([\d, ]*)\), \} *\n", member.read(128))
-        if not header or not re.fullmatch(dtype, header[1].decode("latin-1")):
-            raise ValueError(f"{name} is not of the dtype {dtype}")
+        if not header or not re.fullmatch(dtype, header[1]):
+            raise ValueError(f"{name} is not of the dtype {dtype.decode()}")
         kind, found = np.dtype(header[1].decode()), tuple(int(n) for n in re.findall(rb"\d+", header[2]))
         if len(found) != len(shape) or any(want not in (None, n) for want, n in zip(shape, found)):
             raise ValueError(f"{name} has the shape {found}, not {shape}")
@@ -991,39 +981,39 @@ def read_member(file, name, dtype, *shape):
 
 def read_arrays(path, machine, training=False):
     """(info, {name: array}) of a model, or of a checkpoint (training), that anyone may have written: no pickle, and
-    nothing is believed, read or allocated before it was checked. UserError."""
+    nothing is read, allocated or believed before it was checked. UserError."""
     if not os.path.isfile(path):
-        raise UserError(f"no {path}", "give the folder of a finished training run, such as runs/lego")
+        raise UserError(f"no {path}", "give the folder of a training run, such as runs/lego")
     try:
         with open(path, "rb") as raw:
             size = raw.seek(0, os.SEEK_END)
             raw.seek(max(size - 42, 0))
             tail = raw.read()
-            # A zip file's last words: few members, no comment, none of the 64-bit kind
-            if not 42 <= size <= FILE_LIMIT or tail[:4] == b"PK\6\7" or tail[20:24] != b"PK\5\6" or (
-                    struct.unpack("<L", tail[32:36])[0] > 4096):
+            # The last words of a zip file with few members, not of the 64-bit kind
+            if not 42 <= size <= FILE_LIMIT or tail[20:24] != b"PK\5\6" or tail[:4] == b"PK\6\7" or (
+                    int.from_bytes(tail[32:36], "little") > 4096):
                 raise ValueError("it is cut off, too large or of another kind")
             with zipfile.ZipFile(raw) as file:
-                info = json.loads(str(read_member(file, "info", r"<U\d{1,6}")))
-                if isinstance(info["format"], int) and info["format"] > FORMAT:
-                    raise UserError(f"{path} was written by a newer version", "use that version, or train again")
+                info = json.loads(str(read_member(file, "info", rb"<U\d{1,6}")))
                 if info["format"] != FORMAT:
-                    raise ValueError(f"its format is {info['format']!r:.40}, not {FORMAT}")
-                info = check_info(info, training)
+                    newer = type(info["format"]) is int and info["format"] > FORMAT
+                    raise UserError(f"{path} was written by {'a newer' if newer else 'an older'} version",
+                                    "use that version, or train again")
+                info = believe(info, CHECKPOINT_INFO if training else MODEL_INFO)
                 m = Model({**MACHINES[machine], **info["settings"]}, None, info["n_photos"], info["n_levels"], dry=True)
-                wanted = dict(params=("<f4", m.n_rows, k.N_FEATURES))
-                if training:
-                    wanted.update(moment=("<f4", 2 * m.n_rows, k.N_FEATURES), density_grid=("<f4", m.settings["grid"]**3))
-                else:
-                    wanted.update(occupancy=("<u4", m.settings["grid"]**3 // 2048 * 65), camera_train=("<f4", None, k.CAMERA),
-                                  camera_test=("<f4", None, k.CAMERA), camera_test_size=("<i4", None, 4))
-                if sorted(file.namelist()) != sorted(name + ".npy" for name in ["info", *wanted]):
+                rows, cells = m.n_rows, m.settings["grid"] ** 3
+                shapes = dict(params=(b"<f4", rows, k.N_FEATURES), moment=(b"<f4", 2 * rows, k.N_FEATURES),
+                              density_grid=(b"<f4", cells), occupancy=(b"<u4", cells // 2048 * 65),
+                              camera_train=(b"<f4", None, k.CAMERA), camera_test=(b"<f4", None, k.CAMERA),
+                              camera_test_size=(b"<i4", None, 4))
+                shapes = {name: shapes[name] for name in (KEPT if training else set(shapes) - {*KEPT[1:]})}
+                if sorted(file.namelist()) != sorted(name + ".npy" for name in ["info", *shapes]):
                     raise ValueError("it holds other arrays")
-                return info, {name: read_member(file, name, *kind) for name, kind in wanted.items()}
+                return info, {name: read_member(file, name, *shape) for name, shape in shapes.items()}
     except UserError:
         raise
     except Exception as error:                       # zip, JSON and NumPy each have errors of their own
-        raise UserError(f"{path} is no file of this version: {one_line(error)}", "copy it again, or train again")
+        raise UserError(f"{path} is not usable: {one_line(error)}", "copy it again, or train again with this version")
 
 
 def save_model(path, m, info, cameras):
@@ -1038,12 +1028,11 @@ def load_model(folder, machine, training=False):
     path = os.path.join(folder, "model.npz")
     info, arrays = read_arrays(path, machine)
     space, cameras = types.SimpleNamespace(**info["space"]), {n[7:]: a for n, a in arrays.items() if n[:7] == "camera_"}
-    for name in ("train", "test"):
-        pose = to_cube(cameras[name], space)[:, :12].reshape(-1, 3, 4)
-        turn = pose[:, :, :3]
-        if not (len(pose) and np.abs(pose).max() < 1e6 and np.abs(cameras[name]).max() < 1e9
-                and cameras[name][:, 12:14].min() > 1e-6
-                and np.abs(turn @ turn.transpose(0, 2, 1) - np.eye(3)).max() < 0.1):
+    for camera in (cameras["train"], cameras["test"]):
+        pose = to_cube(camera, space)[:, :12].reshape(-1, 3, 4)
+        turned = pose[:, :, :3] @ pose[:, :, :3].transpose(0, 2, 1)
+        if not (len(pose) and np.abs(pose).max() < 1e6 and np.abs(turned - np.eye(3)).max() < 0.1
+                and np.abs(camera).max() < 1e9 and camera[:, 12:14].min() > 1e-6):
             raise UserError(f"{path} has cameras that cannot be", "copy it again, or train again")
     arguments = {**MACHINES[machine], **info["settings"]}, space, info["n_photos"], info["n_levels"], training
     if machine == "cpu":
@@ -1264,29 +1253,18 @@ def run_folder(out, scene, overwrite):
     return out
 
 
-def open_log(path, step):
-    """log.csv, to write on behind its rows up to a step; later ones, of a run that was killed, go."""
-    rows = []
-    if step:
-        with contextlib.suppress(OSError), open(path, newline="", encoding="utf-8", errors="replace") as file:
-            rows = [row for row in file if re.match("[0-9]{1,10},", row) and int(row.partition(",")[0]) <= step]
-    file = open(path, "w", newline="", encoding="utf-8")
-    file.writelines(["step,seconds,loss,psnr\r\n"] + rows)
-    return file
-
-
 def command_train(args):
     """tinynerf.py train: from a scene's folder to a run folder."""
     out, old, resume = args.resume, {}, None
-    if out is None:
-        out = run_folder(args.out, args.scene, args.overwrite)
-    else:
+    if args.resume:
         path = os.path.join(out, "checkpoint.npz")
         if not os.path.exists(path) and os.path.exists(os.path.join(out, "metrics.json")):
             raise UserError(f"{out} is complete: there is nothing to go on with", "train longer into another --out")
         old, arrays = read_arrays(path, "cpu", training=True)
         args.scene, args.downscale, args.seed = args.scene or old["scene"], old["downscale"], old["seed"]
         args.arch, resume = args.arch or old["arch"], (old["state"], arrays)
+    else:
+        out = run_folder(args.out, args.scene, args.overwrite)
     start = time.perf_counter()
     scene = load_scene(args.scene, args.downscale)
     space, (_, width, height, _) = place_scene(scene), scene.train.size[0]
@@ -1308,12 +1286,12 @@ def command_train(args):
     machine = "cpu" if arch == "cpu" else "gpu"
     settings = {**MACHINES[machine], **(UNBOUNDED[machine] if space.unbounded else {}), **old.get("settings", {})}
     print(f"tinynerf {VERSION} on {arch} ({device}), Taichi {'.'.join(map(str, ti.__version__))}")
-    length = old.get("length") or {name: vars(args)[name] for name in ("steps", "seconds") if vars(args)[name]} or {
-        name: settings[name] for name in ("steps", "seconds") if name in settings}
+    target, unit = (old["target"], old["unit"]) if old else next(
+        (source[unit], unit) for source in (vars(args), settings) for unit in ("steps", "seconds") if source.get(unit))
     plan, images = Model(settings, space, n_photos, dry=True), scene.train.pixels.nbytes / 1e6
     buffers = plan.buffer_mb() + images              # and a checkpoint on its way to the disk
     need = buffers + (48 * plan.n_rows + 4 * settings["grid"] ** 3) / 1e6 + HOST_MB
-    print(f"needs {need:.0f} MB of memory: {buffers:.0f} MB of buffers, of these {images:.0f} MB for the images, and more")
+    print(f"needs {need:.0f} MB of memory, {buffers:.0f} MB of them for buffers, {images:.0f} MB of these for images")
     if arch == "cpu":
         check_fits("this run", need, "use a larger --downscale" if 2 * images > buffers else "close other programs")
     m = Model(settings, space, n_photos)
@@ -1329,8 +1307,13 @@ def command_train(args):
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     os.makedirs(out, exist_ok=True)
-    with open_log(os.path.join(out, "log.csv"), old["state"]["step"] if old else 0) as log_file, \
-            progress_bar("train ") as bar:
+    log_path, rows = os.path.join(out, "log.csv"), []
+    if resume and os.path.exists(log_path):          # go on behind the checkpoint's row; a killed run went further
+        with open(log_path, newline="", encoding="utf-8", errors="replace") as file:
+            found = ((row, re.match("([0-9]{1,9}),", row)) for row in file)
+            rows = [row for row, match in found if match and int(match[1]) <= old["state"]["step"]]
+    with open(log_path, "w", newline="", encoding="utf-8") as log_file, progress_bar("train ") as bar:
+        log_file.writelines(["step,seconds,loss,psnr\r\n"] + rows)
         log = csv.writer(log_file)
         task, printed, saved = bar.add_task("train", total=1.0, note=""), [0.0], [time.monotonic()]
 
@@ -1352,13 +1335,13 @@ def command_train(args):
                                     "are the poses and images right? the last checkpoint is from before that step")
                 log_file.flush()
                 save_arrays(os.path.join(out, "checkpoint.npz"), dict(
-                    info, seed=args.seed, views=checksum, length=length, arch=arch, state=state), **kept)
+                    info, seed=args.seed, views=checksum, target=target, unit=unit, arch=arch, state=state), **kept)
                 saved[0] = time.monotonic()
             return bool(interrupted)
 
         signal.signal(signal.SIGINT, interrupt)
         try:
-            total = train(m, views, args.seed, **length, report=report, keep=keep, resume=resume)
+            total = train(m, views, args.seed, **{unit: target}, report=report, keep=keep, resume=resume)
         finally:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -1598,7 +1581,8 @@ def parse_args(argv):
     length.add_argument("--seconds", type=positive(float), help="train for so long (default on a CPU: 90)")
     parser_train.add_argument("--downscale", type=positive(int), metavar="K", help="average KxK pixels")
     parser_train.add_argument("--seed", type=seed, help="of every random number")
-    parser_train.add_argument("--overwrite", action="store_true", default=None, help="replace the run folder --out if it exists")
+    parser_train.add_argument("--overwrite", action="store_true", default=None,
+                              help="replace the run folder --out if it exists")
     parser_render = commands.add_parser("render", help="render a trained model")
     parser_render.add_argument("run", help="run folder")
     parser_render.add_argument("--path", choices=("orbit", "test"), default="orbit", help="which cameras")
@@ -1613,17 +1597,17 @@ def parse_args(argv):
     parser_bench.add_argument("--steps", type=positive(int), default=600, help="train for so many steps first")
     parser_bench.add_argument("--downscale", type=positive(int), default=1, metavar="K", help="average KxK pixels")
     for command in (parser_train, parser_render, parser_eval, parser_bench):
-        command.add_argument("--arch", choices=("auto", "cpu", "cuda", "vulkan", "metal"), help="auto: the best there is")
+        command.add_argument("--arch", choices=("auto", "cpu", "cuda", "vulkan", "metal"))
     args = parser.parse_args(argv)
     if args.command == "train":
-        given = [name for name in ("out", "steps", "seconds", "downscale", "seed", "overwrite") if vars(args)[name] is not None]
-        if args.resume and given:
-            parser_train.error(f"argument --{given[0]}: not allowed with --resume, which goes on as the run began")
+        for name in ("out", "steps", "seconds", "downscale", "seed", "overwrite"):
+            if args.resume and vars(args)[name] is not None:
+                parser_train.error(f"argument --{name}: not allowed with --resume, which goes on as the run began")
         if not args.resume and not args.scene:
             parser_train.error("the following arguments are required: scene")
         args.downscale, args.seed = args.downscale or 1, args.seed or 0
-    if not vars(args).get("resume"):                 # a run goes on where it began
-        args.arch = args.arch or "auto"
+    if args.arch is None and not vars(args).get("resume"):           # a run goes on where it began
+        args.arch = "auto"
     return args
 
 
@@ -1637,7 +1621,8 @@ def main(argv=None):
         print(f"tinynerf: {error}\n          {error.hint}", file=sys.stderr)
         return 2
     except OSError as error:                         # a full disk, a folder that may not be written to
-        print(f"tinynerf: {one_line(error)}\n          check the path, its permissions and the free space", file=sys.stderr)
+        print(f"tinynerf: {one_line(error)}\n          check the path, its permissions and the free space",
+              file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("tinynerf: interrupted", file=sys.stderr)
