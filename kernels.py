@@ -34,6 +34,7 @@ N_FEATURES = 4        # F: features of a hash-table slot, and numbers in a row o
 UNKNOWN = 1e9         # density of a cell that nobody has looked at yet: it counts as occupied
 END = 1 << 30         # step index of a ray that has left the box
 DARK = END + 1        # step index of a ray that has ended in a dark cell
+NEVER = 2**31 - 1     # the first step whose loss is no finite number, while there is none
 RADIUS = 0.25         # of the ball in the middle of the cube that the contraction leaves as it is
 FAR = 25.0            # where rays of an unbounded scene end, in sides of the cube
 CODE_SCALE = 0.05     # of photographs' codes where they enter the color MLP: small ones, so that their mean is one too
@@ -1404,7 +1405,7 @@ def distortion_backward(n_rays: ti.i32, strength: ti.f32, counter: i32buf, ray_s
 @ti.kernel
 def loss_and_gradient(n_rays: ti.i32, random_background: ti.i32, masked: ti.i32, seed: ti.i32, step: ti.i32,
                       counter: i32buf, ray_pixel: i32buf, image: u32buf, ray_step: i32buf, pixel: f32buf,
-                      loss: f32buf, grad_pixel: f32buf):
+                      loss: f32buf, grad_pixel: f32buf, bad_step: i32buf):
     """Squared error of each ray's color against its photograph, both over the same background:
 
         color  = pixel + T background            target = a image + (1 - a) background
@@ -1422,7 +1423,9 @@ def loss_and_gradient(n_rays: ti.i32, random_background: ti.i32, masked: ti.i32,
     pixel       [n_rays, 4]          in    from composite_forward
     loss        [n_rays]             out   |color - target|^2 / 3; 0 where the ray does not count
     grad_pixel  [n_rays, 4]          out   0 where the ray does not count
+    bad_step    [1]                  in-out  the first step whose loss is infinite or not a number, so far
     thread      one per ray
+    atomic      i32 min on bad_step, where that happens
     """
     for r in range(n_rays):
         word = image[ray_pixel[r]]
@@ -1447,6 +1450,8 @@ def loss_and_gradient(n_rays: ti.i32, random_background: ti.i32, masked: ti.i32,
             grad_T += 2.0 * scale * error * background
         grad_pixel[4 * r + 3] = grad_T
         loss[r] = counts * total
+        if (ti.bit_cast(total, ti.u32) >> 23) & ti.u32(255) == ti.u32(255):      # fast math believes no comparison
+            ti.atomic_min(bad_step[0], step)
 
 
 @ti.kernel

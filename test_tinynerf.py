@@ -7,8 +7,11 @@ always for a random incoming gradient: with one of all ones, swapped channels or
 
 The environment variable TINYNERF_ARCH (cpu, vulkan, cuda, metal) says where the kernels run.
 """
+import errno
+import functools
 import importlib.util
 import inspect
+import io
 import itertools
 import json
 import math
@@ -16,12 +19,15 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import struct
 import subprocess
 import sys
 import time
 import tracemalloc
 import types
+import warnings
+import zipfile
 
 import imageio.v3 as imageio
 import numpy as np
@@ -990,7 +996,7 @@ def test_mark_lit_cells(rng):
         T = np.exp(-np.cumsum(np.append(0, depth[first:first + length])))[:-1]
         want[cell_index(sample[first:first + length, :3][T >= k.T_STOP], 16)] = 5
     lit_step = buf(lit)
-    k.mark_lit_cells(len(span), 16, 5, buf(span), buf(sample), buf(rgb_sigma[:, 3]), buf(keep.astype(np.int32)), lit_step)
+    k.mark_lit_cells(len(span), 16, 5, buf(span), buf(sample), buf(rgb_sigma[:, 3]), buf(keep.astype(int)), lit_step)
     assert np.array_equal(lit_step.to_numpy(), np.maximum(lit, want)) and 0 < (want == 0).sum() < 16**3
 
 
@@ -1221,9 +1227,9 @@ def test_loss(rng, random_background, masked):
     ray_step, pixel[::5, 3] = np.where(np.arange(n) % 3, k.END, k.DARK), k.T_STOP / 4
     ray_step[40:] = np.arange(10)
     kept = (ray_step == k.END) | (ray_step == k.DARK) & (pixel[:, 3] < k.T_STOP)
-    loss, grad = buf(np.full(n, 9.0)), buf(np.full((n, 4), 9.0))
+    loss, grad, bad_step = buf(np.full(n, 9.0)), buf(np.full((n, 4), 9.0)), buf(np.array([k.NEVER]))
     k.loss_and_gradient(n, random_background, masked, seed, step, count(40), buf(ray_pixel), buf(image.view("<u4")),
-                        buf(ray_step), buf(pixel), loss, grad)
+                        buf(ray_step), buf(pixel), loss, grad, bad_step)
     rgba, background = image[ray_pixel] / 255.0, np.ones((n, 3))
     if random_background:
         background = background_model(n, seed, step)
@@ -2360,6 +2366,252 @@ def test_convert_command(tmp_path, rng, capsys, monkeypatch):
         assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
     assert convert.main(["scene", "-o", "other.json"]) == 0
     assert json.loads((tmp_path / "other.json").read_text())["frames"][0]["file_path"] == "scene/images/a b  c.png"
+
+
+# ---- Runs survive ---------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def tiny(monkeypatch, tmp_path):
+    """A machine of the smallest kind, a scene, and a folder to run in."""
+    monkeypatch.setattr(tinynerf, "MACHINES", {"cpu": TINY, "gpu": TINY})
+    monkeypatch.chdir(tmp_path)
+    write_scene(tmp_path / "scene", n_train=8, size=24)
+    return tmp_path
+
+
+def command(*argv):
+    """Exit code of a command line on the arch that is tested."""
+    return tinynerf.main([str(a) for a in argv] + ["--arch", ARCH])
+
+
+def fails(capsys, *argv):
+    """The line that says what is wrong with a command line."""
+    assert command(*argv) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and lines[0].startswith("tinynerf: ") and lines[1].strip(), lines
+    return lines[0]
+
+
+def checkpoint(run="run"):
+    """(info, arrays) of a checkpoint that is in order."""
+    return tinynerf.read_arrays(os.path.join(run, "checkpoint.npz"), "cpu", training=True)
+
+
+def in_step(monkeypatch, step, do):
+    """do(model) in the middle of a step, counted from where the command begins."""
+    calls, backward = [], tinynerf.backward
+
+    def patched(m, n_rays):
+        calls.append(backward(m, n_rays))
+        if len(calls) == step + 1:                   # one comes before the clock starts
+            do(m)
+    monkeypatch.setattr(tinynerf, "backward", patched)
+
+
+@pytest.mark.parametrize("kind", ["scene", "capture"])
+def test_resume(tiny, monkeypatch, capsys, kind):
+    """A run that was interrupted, twice, ends other than one that was not; or Ctrl-C leaves less than it should."""
+    if kind == "capture":
+        shutil.rmtree("scene")
+        write_capture(tiny / "scene")
+    saved, save_arrays = [], tinynerf.save_arrays
+
+    def save(path, info, **arrays):
+        saved.append((info.get("state", {}).get("step"), arrays))
+        save_arrays(path, info, **arrays)
+    monkeypatch.setattr(tinynerf, "save_arrays", save)
+    assert command("train", "scene", "--out", "whole", "--seed", 3, "--steps", 100) == 0
+    with monkeypatch.context() as patch:
+        in_step(patch, 5, lambda m: signal.raise_signal(signal.SIGINT))
+        assert command("train", "scene", "--out", "run", "--seed", 3, "--steps", 100) == 0
+    assert "interrupted at step 8" in capsys.readouterr().out                # it ends where the host looks next
+    assert {"model.npz", "checkpoint.npz", "metrics.json", "log.csv", "compare.png"} <= set(os.listdir("run"))
+    assert json.loads((tiny / "run" / "metrics.json").read_text())["steps"] == 8
+    assert command("render", "run", "--frames", 1, "--out", "frames") == 0
+    os.rename("scene", "moved")
+    with monkeypatch.context() as patch:
+        in_step(patch, 50, lambda m: signal.raise_signal(signal.SIGINT))
+        assert command("train", "moved", "--resume", "run") == 0
+    with open("run/log.csv", "a") as file:           # of a run that was killed long after a checkpoint
+        file.write("96,1.0,1.0,1.0\r\n97,1.")
+    assert tinynerf.main(["train", "--resume", "run"]) == 0                  # on the arch where it began
+    assert not os.path.exists("run/checkpoint.npz")
+
+    assert [step for step, _ in saved] == [1, 100, None, 1, 8, None, 64, None, 100, None]
+    runs = ("whole", "run")
+    log = {run: [row.split(",") for row in (tiny / run / "log.csv").read_text().splitlines()] for run in runs}
+    metrics = {run: json.loads((tiny / run / "metrics.json").read_text()) for run in runs}
+    assert [row[0] for row in log["run"]] == [row[0] for row in log["whole"]]
+    if ON_CPU:
+        for got, want in zip(saved[-2:], saved[1:3]):                        # the last checkpoint, and the model
+            assert all(np.array_equal(got[1][name], want[1][name]) for name in want[1])
+        assert [row[2:] for row in log["run"]] == [row[2:] for row in log["whole"]]
+        assert not {name for name in metrics["run"] if str(metrics["run"][name]) != str(metrics["whole"][name])
+                    and "second" not in name and "memory" not in name}       # str: an SSIM may be nan
+    assert "complete" in fails(capsys, "train", "--resume", "run")
+
+
+def test_killed(tiny, rng):
+    """A run that is killed at any moment leaves a checkpoint that cannot be loaded, or does not go on from it."""
+    code = f"import tinynerf as t; t.MACHINES = {dict(cpu=TINY, gpu=TINY)}; t.CHECKPOINT_SECONDS = 0; t.main()"
+    argv, steps, halves = ["scene", "--out", "run", "--steps", "1000000"], [0], 0
+    for _ in range(int(os.environ.get("TINYNERF_KILLS", 3))):
+        argv = [sys.executable, "-c", code, "train", *argv, "--arch", ARCH]
+        process = subprocess.Popen(argv, env={**os.environ, "PYTHONPATH": HERE}, stdout=subprocess.PIPE, text=True)
+        while process.stdout.readline()[:5] != "step ":
+            assert process.poll() is None
+        time.sleep(0.6 * rng.random())
+        process.kill()
+        process.communicate()
+        steps.append(checkpoint()[0]["state"]["step"])
+        halves += os.path.exists("run/checkpoint.npz.part")
+        argv = ["--resume", "run"]
+    print(f"{len(steps) - 1} kills, {halves} of them while a checkpoint was written; left at steps", *steps[1:])
+    assert steps == sorted(steps)
+
+
+def leaves(tree, path=()):
+    """Paths to all that is in nested dicts and lists."""
+    for key, value in tree.items() if isinstance(tree, dict) else enumerate(tree):
+        yield path + (key,)
+        if isinstance(value, (dict, list)):
+            yield from leaves(value, path + (key,))
+
+
+def mutations(whole, rng):
+    """Broken copies of an .npz, all as bytes: (what was done, content)."""
+    arrays = dict(np.load(io.BytesIO(whole)))
+    info, directory, n = json.loads(str(arrays["info"])), whole.index(b"PK\1\2"), len(whole)
+
+    def packed(save=np.savez, **change):
+        file = io.BytesIO()
+        save(file, **{name: array for name, array in {**arrays, **change}.items() if array is not None})
+        return file.getvalue()
+
+    for cut in (0, 1, 21, 42, n // 2, n - 23, n - 1):
+        yield f"cut to {cut}", whole[:cut]
+    for i in range(45):                              # in the data, at the beginning, in the zip file's directory
+        at, size = int(rng.integers(*[(0, n), (0, 200), (directory, n)][i % 3])), int(rng.integers(1, 9))
+        yield f"bytes at {at}", whole[:at] + [rng.bytes(size), b"", rng.bytes(2 * size)][i // 3 % 3] + whole[at + size:]
+    for path in leaves(info):
+        for value in (math.nan, -1, 0, 3, 1e300, 10**400, 2**31, None, "\n", [], {}, True)[rng.integers(3)::3]:
+            changed = json.loads(json.dumps(info))
+            functools.reduce(lambda tree, key: tree[key], path[:-1], changed)[path[-1]] = value
+            yield f"{path} = {value!r:.20}", packed(info=np.array(json.dumps(changed)))
+    for text in ("", "{", "[]", "null", "[" * 20000, '{"format": 2}', "1" * 5000):
+        yield f"info {text:.9}", packed(info=np.array(text))
+    yield "a bomb", packed(np.savez_compressed, params=np.zeros((2**21, 4), np.float32))
+    yield "one more", packed(extra=np.zeros(3))
+    file = io.BytesIO(whole)
+    with zipfile.ZipFile(file, "a") as twice, warnings.catch_warnings(action="ignore"):
+        twice.writestr("params.npy", b"\x93NUMPY")
+    yield "twice", file.getvalue()
+    for name in set(arrays) - {"info"}:
+        a = arrays[name]
+        yield from ((f"{name} {what}", packed(**{name: changed})) for what, changed in dict(
+            missing=None, shorter=a[:-1], flat=a.ravel(), wide=a.astype("f8"), big=a.astype(f">{a.dtype.str[1:]}"),
+            order=np.asfortranarray(a), pickled=a[:5].astype(object), nan=a * np.float32(np.nan), empty=a[:0]).items())
+
+
+def test_strangers(tiny, rng, monkeypatch, capsys):
+    """A model or checkpoint that is broken, or made to harm, ends in a traceback, a hang, or more memory than it has
+    itself; and so does one that is taken."""
+    with monkeypatch.context() as patch:
+        in_step(patch, 1, lambda m: signal.raise_signal(signal.SIGINT))
+        assert command("train", "scene", "--out", "run", "--steps", 12) == 0
+    monkeypatch.setattr(tinynerf, "start_taichi", lambda arch: (ARCH, "the device that was found"))
+    monkeypatch.setattr(tinynerf, "measure", lambda m, views, out: dict.fromkeys(METRICS, 0.0))
+    monkeypatch.setattr(tinynerf, "write_frames", lambda path, frames, n_frames: str(sum(map(len, frames))))
+    summary = []
+    for name, argv in (("model.npz", ["render", "run", "--frames", 1, "--size", "8x8"]),
+                       ("checkpoint.npz", ["train", "scene", "--resume", "run"])):
+        whole, taken, lines, worst = (tiny / "run" / name).read_bytes(), [], [], 0.0
+        for what, content in [("nothing", whole), *mutations(whole, rng)]:
+            (tiny / "run" / name).write_bytes(content)
+            tracemalloc.start()
+            start = time.perf_counter()
+            code = command(*argv)
+            seconds, memory = time.perf_counter() - start, tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+            out, err = capsys.readouterr()
+            assert code in (0, 2) and len(err.splitlines()) == code, f"{name}, {what}: {err}"
+            assert seconds < 20 and memory < 3 * len(content) + 2**23, f"{name}, {what}: {seconds} s, {memory} bytes"
+            (taken if code == 0 else lines).append(what)
+            worst = max(worst, memory / len(whole))
+        summary += [f"{name}: {len(lines)} of {len(lines) + len(taken)} refused, {worst:.1f} times its size in memory"]
+        summary += ["    taken: " + what for what in taken]
+        assert taken[0] == "nothing" and len(lines) > 100
+    for version, word in ((tinynerf.FORMAT + 1, "newer version"), (1, "older version")):
+        arrays = dict(np.load(io.BytesIO(whole)))
+        info = json.dumps({**json.loads(str(arrays["info"])), "format": version})
+        np.savez("run/checkpoint.npz", **{**arrays, "info": np.array(info)})
+        assert word in fails(capsys, *argv)
+    print("\n".join(summary))
+
+
+def test_does_not_fit(tiny, monkeypatch, capsys):
+    """A run that will not fit into memory is begun, or nobody says what to do."""
+    for free, wanted, hint in ((0.001, "reading the 8 images", "--downscale 2"),
+                               (100, "this run needs 4", "other programs"), (1e6, "", "")):
+        monkeypatch.setattr(tinynerf, "free_mb", lambda: free)
+        code = command("train", "scene", "--out", "run", "--steps", 1)
+        out, err = capsys.readouterr()
+        assert code == (2 if wanted else 0) and wanted in err and hint in err and os.path.exists("run") == (not wanted)
+    assert re.search(r"needs \d+ MB of memory, \d+ MB of them for buffers", out)
+    monkeypatch.setattr(tinynerf, "free_mb", lambda: 100)
+    assert "this model needs" in fails(capsys, "render", "run") or not ON_CPU
+    monkeypatch.setattr(tinynerf, "free_mb", lambda: None)
+
+    def no_room(dtype, n):
+        raise RuntimeError("out of memory")
+    monkeypatch.setattr(ti, "ndarray", no_room)
+    assert "the device has no room" in fails(capsys, "train", "scene", "--out", "other", "--steps", 1)
+    assert not os.path.exists("other")
+
+
+def test_not_finite(tiny, monkeypatch, capsys):
+    """A run whose loss is no number goes on, says another step than the first, or spoils its checkpoint."""
+    monkeypatch.setattr(tinynerf, "CHECKPOINT_SECONDS", 0)
+
+    def spoil(m):                                    # what it leads to shows in the next step
+        m.grad_params.from_numpy(np.full_like(m.grad_params.to_numpy(), np.inf))
+    in_step(monkeypatch, 21, spoil)
+    assert "not a finite number at step 22" in fails(capsys, "train", "scene", "--out", "run", "--steps", 60)
+    assert checkpoint()[0]["state"]["step"] == 16 and not os.path.exists("run/model.npz")
+
+
+@pytest.mark.parametrize("trouble", ["full", "cannot sync", "cannot replace", "removed"])
+def test_disk_trouble(tiny, monkeypatch, capsys, trouble):
+    """A disk that fails ends in a traceback, harms the old checkpoint, or leaves half a file."""
+    monkeypatch.setattr(tinynerf, "CHECKPOINT_SECONDS", 0)
+    call = {"full": (np, "savez"), "cannot sync": (os, "fsync"), "cannot replace": (os, "replace")}
+
+    def fail(*args, **options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def happen(m):
+        if trouble == "removed":
+            shutil.rmtree("run")
+        else:
+            monkeypatch.setattr(*call[trouble], fail)
+    in_step(monkeypatch, 20, happen)
+    line = fails(capsys, "train", "scene", "--out", "run", "--steps", 60)
+    monkeypatch.undo()
+    assert f"cannot write {os.path.join('run', 'checkpoint.npz')}: " in line
+    if trouble == "removed":
+        assert not (tiny / "run").exists()
+    else:
+        assert sorted(os.listdir(tiny / "run")) == ["checkpoint.npz", "log.csv"]
+        assert checkpoint(tiny / "run")[0]["state"]["step"] == 16
+
+
+def test_resume_mistakes(tiny, mistake):
+    """--resume takes what it cannot go on with, or options that it does not heed."""
+    for option in (["--steps", 5], ["--seconds", 5], ["--out", "x"], ["--seed", 0], ["--downscale", 1],
+                   ["--overwrite"]):
+        mistake(option[0], "train", "scene", "--resume", "run", *option)
+    mistake("checkpoint.npz", "train", "--resume", "nowhere")
+    mistake("checkpoint.npz", "train", "--resume", "scene")
 
 
 # ---- Command line ---------------------------------------------------------------------------------------------------

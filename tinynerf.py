@@ -1,6 +1,7 @@
 """tinynerf: train a neural radiance field from photographs with known camera poses, and render new views of it.
 
     python tinynerf.py train data/lego        trains, evaluates, and leaves pictures, a video and a model in runs/lego
+    python tinynerf.py train --resume runs/lego       goes on where that was interrupted
     python tinynerf.py render runs/lego       renders the model again
     python tinynerf.py eval runs/lego         measures it again
     python tinynerf.py bench                  times every kernel
@@ -10,6 +11,7 @@ buffers, the list of launches (forward, backward), the training loop, rendering 
 """
 import argparse
 import concurrent.futures
+import contextlib
 import csv
 import importlib.util
 import json
@@ -19,10 +21,13 @@ import platform
 import posixpath
 import re
 import shutil
+import signal
 import sys
 import tempfile
 import time
 import types
+import zipfile
+import zlib
 
 if sys.version_info >= (3, 14):
     print("tinynerf: Taichi has no build for Python 3.14 or newer\n"
@@ -59,7 +64,9 @@ PLACE = 0.5                     # captures: radius of the ball that is not bent,
 NEAR = 0.1                      # captures: distance of the nearest sample in such radii
 GROWTH = 4.0                    # unbounded scenes: steps grow by GROWTH / (steps along the diagonal) of the distance
 DISTORTION = 0.03               # unbounded scenes: strength of the distortion loss
+HOST_MB = 400                   # what Taichi, its compiler and pictures take besides buffers
 READ_EVERY = 16                 # steps between two looks of the host at the counters
+CHECKPOINT_SECONDS = 30         # between two checkpoints
 
 # What depends on the machine. march: most samples in flight; batch: samples that a step aims to keep of them, after the
 # probe; rays: most rays in flight; coarsest, finest: cells per side of the first and the last level of the hash grid
@@ -184,6 +191,21 @@ def parse_frame(meta, frame):
                                  fisheye=model == "OPENCV_FISHEYE" or values.get("is_fisheye") is True, **numbers)
 
 
+def find_image(folder, name):
+    """The file of a frame's image, or None."""
+    paths = (os.path.join(folder, name + ending) for ending in ("", ".png", ".jpg", ".jpeg", ".webp"))
+    return next(filter(os.path.isfile, paths), None)
+
+
+def count_pixels(path):
+    """Pixels of an image file, without reading them; 0 if it is not there or no image."""
+    try:
+        with PIL.Image.open(path) as image:
+            return image.width * image.height
+    except Exception:                                # read_image will say what is wrong
+        return 0
+
+
 def load_view(f, folder, downscale, capture):
     """(view, problem) of a frame from parse_frame. view: a namespace of name, rgba [height, width, 4] u8, lens and
     camera (see load_scene), or None if the frame cannot be used. problem: None, or (what it has, which it is)."""
@@ -191,8 +213,7 @@ def load_view(f, folder, downscale, capture):
     if not (np.abs(f.pose).max() < 1e9 and np.linalg.det(rotation) > 0                  # NaN is not < either
             and np.abs(rotation @ rotation.T - np.eye(3)).max() < 1e-2):
         return None, ("a pose that is not finite, or whose 3x3 part is no rotation", f.name)
-    paths = (os.path.join(folder, f.name + ending) for ending in ("", ".png", ".jpg", ".jpeg", ".webp"))
-    path, problem = next(filter(os.path.isfile, paths), None), None
+    path, problem = find_image(folder, f.name), None
     if path is None:
         return None, ("no image", f.name)
     try:
@@ -243,6 +264,8 @@ def load_frames(path, meta, folder, downscale, capture):
         unique = {frame.name: frame for frame in reversed(frames)}
         wrong["the name of an earlier frame"] = [frame.name for frame in frames if frame is not unique[frame.name]]
         frames = [unique[name] for name in sorted(unique)]
+    n_pixels = sum(count_pixels(find_image(folder, frame.name)) for frame in frames) // downscale**2
+    check_fits(f"reading the {len(frames)} images of {path}", 4 * n_pixels / 1e6, f"use --downscale {2 * downscale}")
     with concurrent.futures.ThreadPoolExecutor() as pool:
         views, problems = zip(*pool.map(lambda frame: load_view(frame, folder, downscale, capture), frames))
     for what, which in filter(None, problems):
@@ -424,10 +447,11 @@ def count_rows(n_in, n_hidden, n_out):
 class Model:
     """The field's parameters and all buffers of a step. n = march, the most samples in flight."""
 
-    def __init__(self, settings, space, n_photos=0, n_levels=N_LEVELS, training=True):
+    def __init__(self, settings, space, n_photos=0, n_levels=N_LEVELS, training=True, dry=False):
         """settings: an entry of MACHINES; space: from place_scene; n_photos: that get codes, for their differences. A
-        model that only renders (training=False) has no gradients."""
+        model that only renders (training=False) has no gradients; one that is dry only counts its buffers."""
         self.settings, self.space, self.n_photos, self.n_levels = settings, space, n_photos, n_levels
+        self.dry = dry
         self.n_code = N_CODE if n_photos else 0
         n, n_rays, cells = settings["march"], settings["rays"], settings["grid"] ** 3
         layout = level_layout(settings, n_levels)
@@ -442,7 +466,8 @@ class Model:
         self.buffers = []
         self.params = self.new(k.rowF, self.n_rows)              # the hash table's slots, the MLPs' weights, the codes
         self.level = self.new(i32, layout.size)                  # [n_levels, 4]
-        self.level.from_numpy(layout.ravel())
+        if not dry:
+            self.level.from_numpy(layout.ravel())
         self.occupancy = self.new(u32, cells // 2048 * 129)      # bits: see kernels.py
         first = self.n_slots * k.N_FEATURES
         for name, (n_in, n_hidden, n_out) in mlps.items():
@@ -499,11 +524,16 @@ class Model:
         self.block_density = self.new(f32, 2 * -(-cells // 1024))
         self.threshold = self.new(f32, 1)
         self.cell_counter = self.new(i32, 4)
+        self.bad_step = self.new(i32, 1)                         # see k.loss_and_gradient
 
     def new(self, dtype, n):
         """A zeroed buffer of n entries."""
         self.buffers.append((n, getattr(dtype, "n", 1)))
-        return ti.ndarray(dtype, n)
+        try:
+            return None if self.dry else ti.ndarray(dtype, n)
+        except RuntimeError:
+            raise UserError(f"the device has no room for {self.buffer_mb():.0f} MB of buffers",
+                            "use a larger --downscale, or --arch cpu")
 
     def buffer_mb(self):
         """Exact size of all buffers in MB (10^6 bytes); every entry is made of 4-byte numbers."""
@@ -656,7 +686,7 @@ def compare(m, n_rays, views, seed, step, first_code):
     forward(m, n_rays, n_steps, first_code)
     random_background = int(space.unbounded or views.alpha == "background")
     k.loss_and_gradient(n_rays, random_background, int(views.alpha == "mask"), seed, step, m.march_counter,
-                        m.ray_pixel, views.pixels, m.ray_step, m.pixel, m.loss, m.grad_pixel)
+                        m.ray_pixel, views.pixels, m.ray_step, m.pixel, m.loss, m.grad_pixel, m.bad_step)
 
 
 def train_step(m, n_rays, views, seed, step, learning_rate):
@@ -692,12 +722,18 @@ def read_totals(m):
     return np.concatenate([m.march_counter.to_numpy()[2:], m.counter.to_numpy()[3:]]).view(np.uint32)
 
 
-def train(m, views, seed, steps=None, seconds=None, report=lambda **line: None):
+KEPT = ("params", "occupancy", "moment", "density_grid", "lit_step")       # buffers that outlive a step
+
+
+def train(m, views, seed, steps=None, seconds=None, report=lambda **line: None, keep=lambda state: False, resume=None):
     """Train for a number of steps, or for so many seconds of wall clock; the learning rate's schedule spans either.
 
     views   from upload_views
     report  called every READ_EVERY steps with progress (0..1), step, seconds, loss, psnr, samples_per_second, n_rays
-    Returns the totals: steps, train_seconds, compile_seconds, samples, rays, rays_dropped.
+    keep    called then with the state of this loop, a dict of numbers, while the clock stands still: together with the
+            buffers in KEPT it is all that the steps to come depend on. Training ends early if it returns True
+    resume  (state, arrays) that were kept, to go on from there
+    Returns the totals: steps, complete, train_seconds, compile_seconds, samples, rays, rays_dropped.
     The clock starts when every kernel has been launched once on nothing.
     """
     grid, batch, refresh = m.settings["grid"], m.settings["batch"], m.settings["refresh"]
@@ -709,44 +745,56 @@ def train(m, views, seed, steps=None, seconds=None, report=lambda **line: None):
     k.bound_views(views.n, views.size, views.camera, view_bound)
     k.mark_visible_cells(grid, m.space.unbounded, views.n, m.space.near, views.camera, view_bound, m.density_grid)
     pack_occupancy(m, 0, k.END)                                  # every cell that a camera sees may hold something
+    now = types.SimpleNamespace(step=0, progress=0.0, seconds=0.0, cell=0, n_rays=min(256, m.settings["rays"]),
+                                samples=0, rays=0, rays_dropped=0)
+    if resume:
+        vars(now).update(resume[0], n_rays=min(resume[0]["n_rays"], m.settings["rays"]))
+        for name in KEPT:
+            getattr(m, name).from_numpy(resume[1][name])
+        load_weights(m)
+    m.bad_step.fill(k.NEVER)
     ti.sync()
-    total = dict(steps=0, train_seconds=0.0, compile_seconds=time.perf_counter() - start, samples=0, rays=0,
-                 rays_dropped=0)
+    compile_seconds = time.perf_counter() - start
 
-    n_rays, rays_since, seen = min(256, m.settings["rays"]), 0, read_totals(m)
-    step, progress, cell = 0, 0.0, 0
-    start = time.perf_counter()
-    while progress < 1.0:
-        train_step(m, n_rays, views, seed, step, LEARNING_RATE * (FINAL_RATE / LEARNING_RATE) ** progress)
-        step, rays_since = step + 1, rays_since + n_rays
-        if step % min(refresh, 1 + step // 64) == 0:         # more often while the field takes shape
+    rays_since, seen, stop = 0, read_totals(m), False
+    start = time.perf_counter() - now.seconds
+    while now.progress < 1.0 and not stop:
+        rate = LEARNING_RATE * (FINAL_RATE / LEARNING_RATE) ** now.progress
+        train_step(m, now.n_rays, views, seed, now.step, rate)
+        now.step, rays_since = now.step + 1, rays_since + now.n_rays
+        if now.step % min(refresh, 1 + now.step // 64) == 0:     # more often while the field takes shape
             n_cells = min(batch, grid**3)
-            update_occupancy(m, n_cells, cell, seed, step)
-            cell = (cell + n_cells) % grid**3
-        progress = step / steps if steps is not None else (time.perf_counter() - start) / seconds
-        if step % READ_EVERY == 0 or step in (1, 2, 4, 8) or progress >= 1.0:
+            update_occupancy(m, n_cells, now.cell, seed, now.step)
+            now.cell = (now.cell + n_cells) % grid**3
+        now.progress = now.step / steps if steps is not None else (time.perf_counter() - start) / seconds
+        if now.step % READ_EVERY == 0 or now.step in (1, 2, 4, 8) or now.progress >= 1.0:
             totals = read_totals(m)                              # waits for the device
             dropped, marched, samples = (int(d) for d in totals - seen)
-            total["samples"], total["rays"] = total["samples"] + samples, total["rays"] + rays_since - dropped
-            total["rays_dropped"] += dropped
+            now.samples, now.rays = now.samples + samples, now.rays + rays_since - dropped
+            now.rays_dropped += dropped
+            bad_step = int(m.bad_step.to_numpy()[0])
+            if bad_step != k.NEVER:
+                raise UserError(f"the loss is not a finite number at step {bad_step + 1}: training has stopped",
+                                "are the poses and images right? the last checkpoint is from before that step")
             kept_rays = max(int(m.march_counter.to_numpy()[1]), 1)
-            loss = float(m.loss.to_numpy()[:n_rays].sum() / kept_rays)
-            if not math.isfinite(loss):
-                raise UserError(f"the loss is not a finite number at step {step}", "are the poses and images right?")
-            line = dict(progress=progress, step=step, seconds=time.perf_counter() - start, loss=loss,
-                        psnr=-10.0 * math.log10(max(loss, 1e-10)), n_rays=n_rays)
-            line["samples_per_second"] = total["samples"] / line["seconds"]
-            report(**line)
+            loss = float(m.loss.to_numpy()[:now.n_rays].sum() / kept_rays)
+            now.seconds = time.perf_counter() - start
+            report(progress=now.progress, step=now.step, seconds=now.seconds, loss=loss,
+                   psnr=-10.0 * math.log10(max(loss, 1e-10)), n_rays=now.n_rays,
+                   samples_per_second=now.samples / now.seconds)
             # The next rays: as many as fill 95 % of the budget if they want what the last ones wanted.
             share = 0.95 * min(batch / max(samples, 1), m.settings["march"] / max(marched, 1))
-            n_rays = int(min(max(share * (rays_since - dropped), m.settings["block"]), m.settings["rays"]))
+            now.n_rays = int(min(max(share * (rays_since - dropped), m.settings["block"]), m.settings["rays"]))
             seen, rays_since = totals, 0
-    pack_occupancy(m, step, k.END)                               # nothing is dark: new views may see it
+            paused = time.perf_counter()
+            stop = keep(dict(vars(now)))
+            start += time.perf_counter() - paused
+    pack_occupancy(m, now.step, k.END)                           # nothing is dark: new views may see it
     if m.n_code:
         k.mean_code(m.n_photos, m.n_code, m.first_code, m.params)
     ti.sync()
-    total["steps"], total["train_seconds"] = step, time.perf_counter() - start
-    return total
+    return dict(steps=now.step, complete=now.progress >= 1.0, train_seconds=time.perf_counter() - start,
+                compile_seconds=compile_seconds, samples=now.samples, rays=now.rays, rays_dropped=now.rays_dropped)
 
 
 def render_view(m, camera, width, height, lens=0):
@@ -849,33 +897,155 @@ def evaluate_fitted(m, views, n_steps=50, n_rays=2048):
 
 # ---- Files: the model, pictures, the video --------------------------------------------------------------------------
 
+FORMAT = 2                      # of model.npz and checkpoint.npz
+FILE_LIMIT = 2**30              # bytes that such a file may have; reading it takes at most twice as many
+
+# What their info has to say, see believe(); it may come from anyone.
+POWERS = {2**i for i in range(4, 25)}
+MODEL_INFO = dict(
+    scene=str, downscale=(1, 10**9), width=(1, 2**15), height=(1, 2**15), n_levels=(1, N_LEVELS), n_photos=(0, 2**20),
+    space=dict(center=3 * [(-1e12, 1e12)], side=(1e-12, 1e12), unbounded=(0, 1), near=(0.0, 1e3)),
+    settings=dict(coarsest=(1, 2**16), finest=(1, 2**16), table=POWERS, grid=POWERS & set(range(16, 513)),
+                  train_steps=(1, 2**14), render_steps=(1, 2**14)))
+CHECKPOINT_INFO = dict(
+    MODEL_INFO, seed=(-2**31, 2**31 - 1), views=(0, 2**32), arch={"cpu", "cuda", "vulkan", "metal"}, target=(1e-9, 1e9),
+    unit={"steps", "seconds"}, state=dict(
+        step=(1, 10**9), progress=(0.0, 1e9), seconds=(0.0, 1e9), cell=(0, 2**27), n_rays=(1, 2**31 - 1),
+        samples=(0, 2**62), rays=(0, 2**62), rays_dropped=(0, 2**62)))
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """A binary file to write to, which takes the place of `path` once it is complete and on the disk. Should that fail,
+    `path` is what it was: UserError."""
+    try:
+        with open(path + ".part", "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(path + ".part", path)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            os.remove(path + ".part")
+        if isinstance(error, OSError):
+            raise UserError(f"cannot write {path}: {error.strerror or one_line(error)}",
+                            "check the folder, its permissions and the free space; an older file there is intact")
+        raise
+    with contextlib.suppress(OSError):               # the folder's entry, where the system can
+        folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+
+
+def save_arrays(path, info, **arrays):
+    """Write arrays and `info`, a dict for JSON, to an .npz file for read_arrays."""
+    with replacing(path) as file:
+        np.savez(file, info=np.array(json.dumps(dict(info, format=FORMAT))), **arrays)
+
+
+def believe(x, schema):
+    """Anyone's JSON, cut down to what a schema asks for, and sound. ValueError, KeyError, TypeError ...
+
+    A schema is a dict or list of schemas, a set of values, str, or (least, most) of a number; of a float if least is.
+    """
+    if isinstance(schema, (dict, list)):
+        keys = schema if isinstance(schema, dict) else range(len(schema))
+        found = {key: believe(x[key], schema[key]) for key in keys}
+        return found if isinstance(schema, dict) else list(found.values())
+    if isinstance(schema, set):
+        sound = type(x) in (int, str) and x in schema
+    elif schema is str:
+        sound = isinstance(x, str) and x.isprintable()
+    else:
+        sound = type(x) in (int, type(schema[0])) and schema[0] <= x <= schema[1]             # NaN is not <=
+    if not sound:
+        raise ValueError(f"its info has {x!r:.40}")
+    return x
+
+
+def read_member(file, name, dtype, *shape):
+    """An array of an open zip file; ValueError unless it is stored as np.savez does, its dtype matches a pattern, and
+    it has this shape (None: any number). Nothing is read before it is known how much that will be."""
+    entry = file.getinfo(name + ".npy")
+    with file.open(entry) as member:
+        header = re.fullmatch(rb"\x93NUMPY\x01\x00v\x00\{'descr': '(\S{2,9})', 'fortran_order': False, "
+                              rb"'shape': \(([\d, ]*)\), \} *\n", member.read(128))
+        if not header or not re.fullmatch(dtype, header[1]):
+            raise ValueError(f"{name} is not of the dtype {dtype.decode()}")
+        kind, found = np.dtype(header[1].decode()), tuple(int(n) for n in re.findall(rb"\d+", header[2]))
+        if len(found) != len(shape) or any(want not in (None, n) for want, n in zip(shape, found)):
+            raise ValueError(f"{name} has the shape {found}, not {shape}")
+        if entry.compress_type or not entry.compress_size == entry.file_size == 128 + kind.itemsize * math.prod(found):
+            raise ValueError(f"{name} is compressed or cut off")
+        array = np.frombuffer(member.read(), kind).reshape(found)
+    if kind.kind == "f" and not np.isfinite(array).all():
+        raise ValueError(f"{name} has a number that is not finite")
+    return array
+
+
+def read_arrays(path, machine, training=False):
+    """(info, {name: array}) of a model, or of a checkpoint (training), that anyone may have written: no pickle, and
+    nothing is read, allocated or believed before it was checked. UserError."""
+    if not os.path.isfile(path):
+        raise UserError(f"no {path}", "give the folder of a training run, such as runs/lego")
+    try:
+        with open(path, "rb") as raw:
+            size = raw.seek(0, os.SEEK_END)
+            raw.seek(max(size - 42, 0))
+            tail = raw.read()
+            # The last words of a zip file with few members, not of the 64-bit kind
+            if not 42 <= size <= FILE_LIMIT or tail[20:24] != b"PK\5\6" or tail[:4] == b"PK\6\7" or (
+                    int.from_bytes(tail[32:36], "little") > 4096):
+                raise ValueError("it is cut off, too large or of another kind")
+            with zipfile.ZipFile(raw) as file:
+                info = json.loads(str(read_member(file, "info", rb"<U\d{1,6}")))
+                if info["format"] != FORMAT:
+                    newer = type(info["format"]) is int and info["format"] > FORMAT
+                    raise UserError(f"{path} was written by {'a newer' if newer else 'an older'} version",
+                                    "use that version, or train again")
+                info = believe(info, CHECKPOINT_INFO if training else MODEL_INFO)
+                m = Model({**MACHINES[machine], **info["settings"]}, None, info["n_photos"], info["n_levels"], dry=True)
+                rows, cells = m.n_rows, m.settings["grid"] ** 3
+                shapes = dict(params=(b"<f4", rows, k.N_FEATURES), moment=(b"<f4", 2 * rows, k.N_FEATURES),
+                              density_grid=(b"<f4", cells), lit_step=(b"<i4", cells),
+                              occupancy=(b"<u4", cells // 2048 * 129), camera_train=(b"<f4", None, k.CAMERA),
+                              camera_test=(b"<f4", None, k.CAMERA), camera_test_size=(b"<i4", None, 4))
+                shapes = {name: shapes[name] for name in (KEPT if training else set(shapes) - {*KEPT[2:]})}
+                if sorted(file.namelist()) != sorted(name + ".npy" for name in ["info", *shapes]):
+                    raise ValueError("it holds other arrays")
+                return info, {name: read_member(file, name, *shape) for name, shape in shapes.items()}
+    except UserError:
+        raise
+    except Exception as error:                       # zip, JSON and NumPy each have errors of their own
+        raise UserError(f"{path} is not usable: {one_line(error)}", "copy it again, or train again with this version")
+
+
 def save_model(path, m, info, cameras):
-    """Write all that rendering needs to an .npz: params, occupancy, info (a dict, as JSON) and cameras (a dict
-    of arrays [n, 22] in world units, stored as camera_<name>). Written beside and then moved, so never half there."""
-    arrays = dict(params=m.params.to_numpy(), occupancy=m.occupancy.to_numpy(),
-                  info=np.array(json.dumps(info)), **{f"camera_{name}": camera for name, camera in cameras.items()})
-    with open(path + ".part", "wb") as file:
-        np.savez(file, **arrays)
-    os.replace(path + ".part", path)
+    """Write all that rendering needs to an .npz: params, occupancy, info and cameras (a dict of arrays [n, 22] in world
+    units, and of the test views' size [n, 4], stored as camera_<name>)."""
+    save_arrays(path, info, params=m.params.to_numpy(), occupancy=m.occupancy.to_numpy(),
+                **{f"camera_{name}": camera for name, camera in cameras.items()})
 
 
 def load_model(folder, machine, training=False):
     """The model of a run folder, ready to render on this machine ("cpu" or "gpu"): (Model, info, cameras)."""
     path = os.path.join(folder, "model.npz")
-    if not os.path.exists(path):
-        raise UserError(f"no {path}", "give the folder of a finished training run, such as runs/lego")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-        info = json.loads(str(arrays["info"]))
-        settings = {**MACHINES[machine], **info["settings"]}
-        m = Model(settings, types.SimpleNamespace(**info["space"]), info["n_photos"], info["n_levels"], training)
-        for name in ("params", "occupancy"):
-            getattr(m, name).from_numpy(arrays[name])
-    except Exception as error:                       # zip, JSON and NumPy each have errors of their own
-        raise UserError(f"{path} is not a model of this version: {error}", "train again with this version")
+    info, arrays = read_arrays(path, machine)
+    space, cameras = types.SimpleNamespace(**info["space"]), {n[7:]: a for n, a in arrays.items() if n[:7] == "camera_"}
+    for camera in (cameras["train"], cameras["test"]):
+        pose = to_cube(camera, space)[:, :12].reshape(-1, 3, 4)
+        turned = pose[:, :, :3] @ pose[:, :, :3].transpose(0, 2, 1)
+        if not (len(pose) and np.abs(pose).max() < 1e6 and np.abs(turned - np.eye(3)).max() < 0.1
+                and np.abs(camera).max() < 1e9 and camera[:, 12:14].min() > 1e-6):
+            raise UserError(f"{path} has cameras that cannot be", "copy it again, or train again")
+    arguments = {**MACHINES[machine], **info["settings"]}, space, info["n_photos"], info["n_levels"], training
+    if machine == "cpu":
+        check_fits("this model", Model(*arguments, dry=True).buffer_mb() + HOST_MB, "close other programs")
+    m = Model(*arguments)
+    for name in ("params", "occupancy"):
+        getattr(m, name).from_numpy(arrays[name])
     load_weights(m)
-    return m, info, {name[7:]: array for name, array in arrays.items() if name.startswith("camera_")}
+    return m, info, cameras
 
 
 def to_bytes(image):
@@ -1047,6 +1217,22 @@ def peak_memory_mb():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6
 
 
+def free_mb():
+    """Memory that is free in MB (10^6 bytes), or all there is; None where Python cannot tell (Windows)."""
+    try:
+        with open("/proc/meminfo", encoding="utf-8") as file:
+            return int(re.search(r"MemAvailable: *(\d+)", file.read())[1]) * 1024 / 1e6
+    except (OSError, TypeError):
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e6 if sys.platform == "darwin" else None
+
+
+def check_fits(what, need, hint):
+    """UserError if something needs more memory, in MB, than is free."""
+    free = free_mb()
+    if free is not None and need > free:
+        raise UserError(f"{what} needs {need:.0f} MB of memory, and this machine has {free:.0f} MB free", hint)
+
+
 def progress_bar(text):
     """A rich progress bar, silent where the output is not a terminal."""
     columns = (rich.progress.TextColumn(text), rich.progress.BarColumn(), rich.progress.TaskProgressColumn(),
@@ -1073,7 +1259,16 @@ def run_folder(out, scene, overwrite):
 
 def command_train(args):
     """tinynerf.py train: from a scene's folder to a run folder."""
-    out = run_folder(args.out, args.scene, args.overwrite)
+    out, old, resume = args.resume, {}, None
+    if args.resume:
+        path = os.path.join(out, "checkpoint.npz")
+        if not os.path.exists(path) and os.path.exists(os.path.join(out, "metrics.json")):
+            raise UserError(f"{out} is complete: there is nothing to go on with", "train longer into another --out")
+        old, arrays = read_arrays(path, "cpu", training=True)
+        args.scene, args.downscale, args.seed = args.scene or old["scene"], old["downscale"], old["seed"]
+        args.arch, resume = args.arch or old["arch"], (old["state"], arrays)
+    else:
+        out = run_folder(args.out, args.scene, args.overwrite)
     start = time.perf_counter()
     scene = load_scene(args.scene, args.downscale)
     space, (_, width, height, _) = place_scene(scene), scene.train.size[0]
@@ -1081,29 +1276,50 @@ def command_train(args):
         print(f"{args.scene}: {line}")
     print(f"{args.scene}: {len(scene.train.size)} training views, {len(scene.test.size)} held out ({scene.split}), "
           f"{width}x{height}, read in {time.perf_counter() - start:.1f} s")
+    n_photos, checksum = len(scene.train.size) if scene.capture else 0, zlib.crc32(scene.train.size.tobytes())
+    if resume:
+        if (n_photos, checksum) != (old["n_photos"], old["views"]):
+            raise UserError(f"{args.scene} is not what {out} is trained on: it has other views or sizes",
+                            "where has that folder moved? train SCENE --resume RUN takes it from there")
+        space = types.SimpleNamespace(**old["space"])
     x, y, z = space.center
     print(f"placed around ({x:.3g}, {y:.3g}, {z:.3g}): " + (
         f"a ball of radius {space.side * k.RADIUS:.3g}, and contracted what is beyond" if space.unbounded else
         f"a box with sides of {space.side:.3g}"))
     arch, device = start_taichi(args.arch)
     machine = "cpu" if arch == "cpu" else "gpu"
-    settings = {**MACHINES[machine], **(UNBOUNDED[machine] if space.unbounded else {})}
+    settings = {**MACHINES[machine], **(UNBOUNDED[machine] if space.unbounded else {}), **old.get("settings", {})}
     print(f"tinynerf {VERSION} on {arch} ({device}), Taichi {'.'.join(map(str, ti.__version__))}")
-    steps, seconds = args.steps, args.seconds
-    if steps is None and seconds is None:
-        steps, seconds = settings.get("steps"), settings.get("seconds")
-    m = Model(settings, space, len(scene.train.size) if scene.capture else 0)
+    target, unit = (old["target"], old["unit"]) if old else next(
+        (source[unit], unit) for source in (vars(args), settings) for unit in ("steps", "seconds") if source.get(unit))
+    plan, images = Model(settings, space, n_photos, dry=True), scene.train.pixels.nbytes / 1e6
+    buffers = plan.buffer_mb() + images              # and a checkpoint on its way to the disk
+    need = buffers + (48 * plan.n_rows + 4 * settings["grid"] ** 3) / 1e6 + HOST_MB
+    print(f"needs {need:.0f} MB of memory, {buffers:.0f} MB of them for buffers, {images:.0f} MB of these for images")
+    if arch == "cpu":
+        check_fits("this run", need, "use a larger --downscale" if 2 * images > buffers else "close other programs")
+    m = Model(settings, space, n_photos)
     views = upload_views(m, scene.train)
-    try:
-        os.makedirs(out, exist_ok=True)
-        log_file = open(os.path.join(out, "log.csv"), "w", newline="", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write to {out}: {error.strerror}", "choose another --out")
+    info = dict(version=VERSION, scene=os.path.abspath(args.scene), downscale=args.downscale, n_levels=m.n_levels,
+                n_photos=m.n_photos, space=vars(space), width=int(width), height=int(height), split=scene.split,
+                settings={name: settings[name] for name in STORED})
 
-    with log_file, progress_bar("train ") as bar:
+    interrupted = []                                 # by Ctrl-C, the first of which is only noted
+
+    def interrupt(*_):
+        interrupted.append(True)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    os.makedirs(out, exist_ok=True)
+    log_path, rows = os.path.join(out, "log.csv"), []
+    if resume and os.path.exists(log_path):          # go on behind the checkpoint's row; a killed run went further
+        with open(log_path, newline="", encoding="utf-8", errors="replace") as file:
+            found = ((row, re.match("([0-9]{1,9}),", row)) for row in file)
+            rows = [row for row, match in found if match and int(match[1]) <= old["state"]["step"]]
+    with open(log_path, "w", newline="", encoding="utf-8") as log_file, progress_bar("train ") as bar:
+        log_file.writelines(["step,seconds,loss,psnr\r\n"] + rows)
         log = csv.writer(log_file)
-        log.writerow(["step", "seconds", "loss", "psnr"])
-        task, printed = bar.add_task("train", total=1.0, note=""), [0.0]
+        task, printed, saved = bar.add_task("train", total=1.0, note=""), [0.0], [time.monotonic()]
 
         def report(progress, step, seconds, loss, psnr, samples_per_second, n_rays):
             log.writerow([step, f"{seconds:.3f}", f"{loss:.6g}", f"{psnr:.3f}"])
@@ -1113,11 +1329,28 @@ def command_train(args):
                 printed[0] = seconds + 10.0
                 print(f"{note}  {seconds:.0f} s", flush=True)
 
-        total = train(m, views, args.seed, steps, seconds, report)
+        def keep(state):
+            """A checkpoint after the first step, now and then, and at the end."""
+            if (state["step"] == 1 or time.monotonic() > saved[0] + CHECKPOINT_SECONDS or interrupted
+                    or state["progress"] >= 1.0):
+                kept = {name: getattr(m, name).to_numpy() for name in KEPT}
+                if not all(np.isfinite(array).all() for array in kept.values()):
+                    raise UserError(f"the model is not finite at step {state['step']}: training has stopped",
+                                    "are the poses and images right? the last checkpoint is from before that step")
+                log_file.flush()
+                save_arrays(os.path.join(out, "checkpoint.npz"), dict(
+                    info, seed=args.seed, views=checksum, target=target, unit=unit, arch=arch, state=state), **kept)
+                saved[0] = time.monotonic()
+            return bool(interrupted)
 
-    info = dict(version=VERSION, scene=os.path.abspath(args.scene), downscale=args.downscale, n_levels=m.n_levels,
-                n_photos=m.n_photos, space=vars(space), width=int(width), height=int(height), split=scene.split,
-                settings={name: settings[name] for name in STORED})
+        signal.signal(signal.SIGINT, interrupt)
+        try:
+            total = train(m, views, args.seed, **{unit: target}, report=report, keep=keep, resume=resume)
+        finally:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    if not total["complete"]:
+        print(f"interrupted at step {total['steps']}: 'train --resume {out}' goes on; the result so far follows")
     cameras = dict(train=scene.train.camera, test=scene.test.camera, test_size=scene.test.size)
     save_model(os.path.join(out, "model.npz"), m, info, cameras)
 
@@ -1131,8 +1364,10 @@ def command_train(args):
                                                   for camera in path), len(path))
     metrics.update(buffer_mb=m.buffer_mb(), peak_memory_mb=peak_memory_mb(), arch=arch, device=device, seed=args.seed,
                    taichi=".".join(map(str, ti.__version__)), version=VERSION)
-    with open(os.path.join(out, "metrics.json"), "w", encoding="utf-8") as file:
-        json.dump(metrics, file, indent=1)
+    with replacing(os.path.join(out, "metrics.json")) as file:
+        file.write(json.dumps(metrics, indent=1).encode())
+    if total["complete"]:
+        os.remove(os.path.join(out, "checkpoint.npz"))
     print(f"| scene | PSNR | SSIM | views | size | steps | train s | compile s | M samples/s | s per view | machine |\n"
           f"|---|---|---|---|---|---|---|---|---|---|---|\n"
           f"| {os.path.basename(os.path.abspath(args.scene))} | {metrics['psnr']:.2f} dB | {metrics['ssim']:.4f} "
@@ -1358,14 +1593,16 @@ def parse_args(argv):
     parser = Parser(prog="tinynerf.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="train | render | eval | bench")
     parser_train = commands.add_parser("train", help="train on a scene and leave a run folder")
-    parser_train.add_argument("scene", help="folder with transforms_train.json and images")
+    parser_train.add_argument("scene", nargs="?", help="folder with transforms_train.json and images")
+    parser_train.add_argument("--resume", metavar="RUN", help="go on with a run that was interrupted or killed")
     parser_train.add_argument("--out", help="run folder (default: the next free runs/SCENE)")
     length = parser_train.add_mutually_exclusive_group()
     length.add_argument("--steps", type=positive(int), help="train for so many steps; repeats exactly on a CPU")
     length.add_argument("--seconds", type=positive(float), help="train for so long (default on a CPU: 90)")
-    parser_train.add_argument("--downscale", type=positive(int), default=1, metavar="K", help="average KxK pixels")
-    parser_train.add_argument("--seed", type=seed, default=0, help="of every random number")
-    parser_train.add_argument("--overwrite", action="store_true", help="replace the run folder --out if it exists")
+    parser_train.add_argument("--downscale", type=positive(int), metavar="K", help="average KxK pixels")
+    parser_train.add_argument("--seed", type=seed, help="of every random number")
+    parser_train.add_argument("--overwrite", action="store_true", default=None,
+                              help="replace the run folder --out if it exists")
     parser_render = commands.add_parser("render", help="render a trained model")
     parser_render.add_argument("run", help="run folder")
     parser_render.add_argument("--path", choices=("orbit", "test"), default="orbit", help="which cameras")
@@ -1380,8 +1617,18 @@ def parse_args(argv):
     parser_bench.add_argument("--steps", type=positive(int), default=600, help="train for so many steps first")
     parser_bench.add_argument("--downscale", type=positive(int), default=1, metavar="K", help="average KxK pixels")
     for command in (parser_train, parser_render, parser_eval, parser_bench):
-        command.add_argument("--arch", choices=("auto", "cpu", "cuda", "vulkan", "metal"), default="auto")
-    return parser.parse_args(argv)
+        command.add_argument("--arch", choices=("auto", "cpu", "cuda", "vulkan", "metal"))
+    args = parser.parse_args(argv)
+    if args.command == "train":
+        for name in ("out", "steps", "seconds", "downscale", "seed", "overwrite"):
+            if args.resume and vars(args)[name] is not None:
+                parser_train.error(f"argument --{name}: not allowed with --resume, which goes on as the run began")
+        if not args.resume and not args.scene:
+            parser_train.error("the following arguments are required: scene")
+        args.downscale, args.seed = args.downscale or 1, args.seed or 0
+    if args.arch is None and not vars(args).get("resume"):           # a run goes on where it began
+        args.arch = "auto"
+    return args
 
 
 def main(argv=None):
@@ -1394,7 +1641,8 @@ def main(argv=None):
         print(f"tinynerf: {error}\n          {error.hint}", file=sys.stderr)
         return 2
     except OSError as error:                         # a full disk, a folder that may not be written to
-        print(f"tinynerf: {error}\n          check the path, its permissions and the free space", file=sys.stderr)
+        print(f"tinynerf: {one_line(error)}\n          check the path, its permissions and the free space",
+              file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("tinynerf: interrupted", file=sys.stderr)
