@@ -999,8 +999,8 @@ def read_arrays(path, machine, training=False):
                 raise ValueError("it is cut off, too large or of another kind")
             with zipfile.ZipFile(raw) as file:
                 info = json.loads(str(read_member(file, "info", rb"<U\d{1,6}")))
-                if info["format"] != FORMAT:
-                    newer = type(info["format"]) is int and info["format"] > FORMAT
+                if info.get("format") != FORMAT:
+                    newer = type(info.get("format")) is int and info["format"] > FORMAT
                     raise UserError(f"{path} was written by {'a newer' if newer else 'an older'} version",
                                     "use that version, or train again")
                 info = believe(info, CHECKPOINT_INFO if training else MODEL_INFO)
