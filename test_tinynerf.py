@@ -1501,9 +1501,10 @@ def test_train_tiny(steady, monkeypatch, tmp_path):
 
 def check_saved(m, views, monkeypatch, tmp_path):
     """A model that is saved and loaded renders the same picture, also on a machine with other tiles and waves."""
-    info = dict(n_levels=3, n_photos=m.n_photos, space=vars(m.space),
+    info = dict(n_levels=3, n_photos=m.n_photos, space=vars(m.space), scene="nowhere", downscale=1, width=32, height=32,
                 settings={name: m.settings[name] for name in tinynerf.STORED})
-    tinynerf.save_model(str(tmp_path / "model.npz"), m, info, dict(test=views.camera))
+    cameras = dict(train=views.camera, test=views.camera, test_size=views.size)
+    tinynerf.save_model(str(tmp_path / "model.npz"), m, info, cameras)
     want = tinynerf.render_view(m, views.camera[0], 32, 32)
     machines = dict(same=m.settings, other={**m.settings, "march": 2**14, "rays": 1024, "block": 8})
     monkeypatch.setattr(tinynerf, "MACHINES", machines)
@@ -2798,7 +2799,7 @@ def test_model_mistakes(mistake, monkeypatch, tmp_path):
     settings = {name: TINY[name] for name in tinynerf.STORED}
     info = dict(n_levels=m.n_levels, n_photos=0, space=vars(BOX), settings=settings, width=8, height=8, downscale=1,
                 scene="nowhere")
-    cameras = dict(train=sphere_views(3).camera, test=sphere_views(2).camera)
+    cameras = dict(train=sphere_views(3).camera, test=sphere_views(2).camera, test_size=sphere_views(2).size)
     for command in ("render", "eval"):
         mistake("model.npz", command, "nowhere", "--arch", ARCH)
         mistake("model.npz", command, run, "--arch", ARCH)
