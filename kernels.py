@@ -1435,7 +1435,6 @@ def loss_and_gradient(n_rays: ti.i32, random_background: ti.i32, masked: ti.i32,
             counts = 0.0
         if masked == 1:
             counts = ti.select(a < 1.0, 0.0, counts)
-            a = 1.0
         scale = counts / (3.0 * ti.max(counter[1], 1))
         grad_T = 0.0
         total = 0.0

@@ -871,7 +871,7 @@ def evaluate(m, views, each=lambda i, rgb, depth, truth: None):
                 render_seconds_per_view=seconds / len(psnrs))
 
 
-def evaluate_fitted(m, views, n_steps=50, n_rays=2048):
+def evaluate_fitted(m, views, n_steps=50, n_rays=512):
     """PSNR of the right half of each view when its code has been learned from its left half, everything else as it is
     (NeRF in the Wild, section 5): what is left is not exposure or white balance. The mean over the views."""
     neutral, psnrs, rng = m.first_code + m.n_photos * m.n_code, [], np.random.default_rng(0)
@@ -1354,7 +1354,7 @@ def command_train(args):
     cameras = dict(train=scene.train.camera, test=scene.test.camera, test_size=scene.test.size)
     save_model(os.path.join(out, "model.npz"), m, info, cameras)
 
-    metrics = measure(m, scene.test, out)
+    metrics = dict(buffer_mb=m.buffer_mb(), **measure(m, scene.test, out))
     metrics.update(split=scene.split, steps=total["steps"], train_seconds=total["train_seconds"],
                    compile_seconds=total["compile_seconds"],
                    samples_per_second=total["samples"] / total["train_seconds"],
@@ -1362,7 +1362,7 @@ def command_train(args):
     path = orbit_cameras(scene.train.camera, settings["frames"])
     write_frames(os.path.join(out, "orbit.mp4"), (to_bytes(render_view(m, camera, width, height)[0])
                                                   for camera in path), len(path))
-    metrics.update(buffer_mb=m.buffer_mb(), peak_memory_mb=peak_memory_mb(), arch=arch, device=device, seed=args.seed,
+    metrics.update(peak_memory_mb=peak_memory_mb(), arch=arch, device=device, seed=args.seed,
                    taichi=".".join(map(str, ti.__version__)), version=VERSION)
     with replacing(os.path.join(out, "metrics.json")) as file:
         file.write(json.dumps(metrics, indent=1).encode())
