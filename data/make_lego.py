@@ -16,11 +16,9 @@ import taichi as ti
 from PIL import Image
 from taichi.math import mat3, mat4, mix, sign, smoothstep, vec2, vec3, vec4
 
-SIZE, ANGLE_X, DISTANCE, PALETTE = 400, 0.6911112070083618, 4.03, 128
+SIZE, SAMPLES, ANGLE_X, DISTANCE, PALETTE = 400, 21, 0.6911112070083618, 4.03, 128
 STUD, GROUND = 0.072, -0.37  # world units from stud to stud; world z of the plate's top
-SAMPLES = 21  # per pixel, a Fibonacci lattice: frac(k / 21), frac(13 k / 21)
-FAR, EPS = 1e9, 1e-3  # studs
-BOX, CYLINDER = 0, 1
+FAR, EPS, BOX, CYLINDER = 1e9, 1e-3, 0, 1  # limits of a ray's hits, in studs; kinds of primitives
 COLOURS = dict(yellow="f4b41a", sand="b99a62", red="c4281c", blue="2a5caa", white="f2f0e8", tan="d8c08c", dark="565a5e",
                light="a3a6a8", black="26282b", orange="ee7420", brown="6e4526", green="4f9440", lime="86b84a")
 Prim = ti.types.struct(kind=ti.i32, centre=vec3, half=vec3, axes=mat3, colour=vec3, bore=ti.f32, stripes=vec3)
@@ -46,7 +44,7 @@ class Scene(list):
     def add(self, kind, centre, half, colour, x=(1, 0, 0), y=(0, 1, 0), bore=0, stripes=(0, 0, 0), n=1, step=(0, 0, 0)):
         """n primitives, each `step` on from the last, with the axes frame(x, y); a cylinder stands along y, its half is
         (radius, half length, radius). bore: radius of holes along y, one in a cylinder, one every stud from end to end
-        of a box. stripes: black where floor(stripes . local point) is odd."""
+        of a box. stripes: black where floor(0.998 stripes . local point) is odd."""
         axes, colour = frame(x, y) @ self.axes, (np.array([*bytes.fromhex(COLOURS[colour])]) / 255) ** 2.2
         for at in centre + np.outer(range(n), step):
             self.append((kind, at @ self.axes + self.origin, half, axes, colour, bore, stripes))
@@ -59,12 +57,17 @@ class Scene(list):
         """Cylinder of radius r from point `a` to a + d; a tube if it has a bore."""
         self.add(CYLINDER, a + np.divide(d, 2), (r, np.linalg.norm(d) / 2, r), colour, (0.3, 0.5, 0.8), d, bore, **more)
 
-    def bricks(self, x, y, z, nx, ny, colour, layers=1, height=1.2, studs=True):
+    def bricks(self, x, y, z, nx, ny, colour, layers=1, height=1.2):
         """Block of 2 x 2 bricks (narrower at the end of an odd side) with studs on top."""
         for k, u, v in np.ndindex(layers, (nx + 1) // 2, (ny + 1) // 2):
             self.box((x + 2 * u, y + 2 * v, z + k * height), (min(2, nx - 2 * u), min(2, ny - 2 * v), height), colour)
-        for u, v in np.ndindex(nx * studs, ny):
+        for u, v in np.ndindex(nx, ny):
             self.rod((x + u + 0.5, y + v + 0.5, z + layers * height), (0, 0, 0.22), 0.3, colour)
+
+    def tiles(self, x, y, z, nx, ny, colour):
+        """Tiles of one stud with two black slots each, along x and y in turn, like basket weave."""
+        for u, v in np.ndindex(nx, ny):
+            self.box((x + u, y + v, z), (1, 1, 0.3), colour, stripes=((0, 4, 0), (4, 0, 0))[round(x + y + u + v) % 2])
 
     def beams(self, a, b, y, gap, width=0.8):
         """Round-ended beams at y - gap and y + gap, a hole every stud, from a = (x, z) to b, whole studs away."""
@@ -96,24 +99,26 @@ def excavator(s, mid=-1.5):
     s.bricks(-4, -3, 0, 8, 6, "dark")
     s.rod((0, 0, 1.2), (0, 0, 1.5), 2.5, "black")
     s.beams((4, 0.6), (8.85, -0.6), 0, 2.4)
-    s.box((8.9, -6.5, -1.5), (0.5, 13, 2.6), "yellow", stripes=(1.1, 1.1, 1.1))
+    s.box((8.9, -6.5, -1.5), (0.5, 13, 2.6), "yellow", stripes=(2.8, 2.8, 2.8))
     s.box((8.9, -6.45, -2.1), (0.65, 0.9, 0.6), "light", n=13, step=(0, 1, 0))
     s.place((-2, 0, 5), turn=18)
-    for block in ((-8, -4, 0, 12, 8, "dark", 1, 0.4), (-8, -4, 0.4, 3, 8, "dark", 2), (-5, -3, 0.4, 5, 6, "black", 2),
-                  (-5, -4, 2.8, 5, 8, "yellow"), (0, -4, 0.4, 4, 1, "yellow"), (0, 0, 0.4, 4, 4, "yellow"),
-                  (0.2, 1.5, 1.6, 2, 2, "blue"), (-0.5, 0.5, 5.8, 5, 4, "yellow", 1, 0.4)):
+    for block in ((-8, -4, 0, 12, 8, "dark", 1, 0.4), (-5, -3, 0.4, 5, 6, "black", 2), (-5, -4, 2.8, 5, 8, "yellow"),
+                  (0, -4, 0.4, 4, 1, "yellow"), (0, 0, 0.4, 4, 4, "yellow"), (0.2, 1.5, 1.6, 2, 2, "blue"),
+                  (-0.5, 0.5, 5.8, 5, 4, "yellow", 1, 0.4)):
         s.bricks(*block)
-    s.box((-8.12, -4, 0.6), (0.12, 8, 1.2), "yellow", stripes=(1.6, 1.6, 1.6))
-    s.add(BOX, (-6.5, -3, 3.25), (1.62, 1, 0.4), "yellow", (1, 0, 0.45), n=4, step=(0, 2, 0))  # sloping hood
-    for y, v in ((-4, 1), (3, 3.7)):  # grilles before the black wall, handrails; posts and bars of the open cab
-        s.box((-5, y + 0.1, 0.5), (4.6, 0.8, 0.1), "light", n=10, step=(0, 0, 0.24))
+    s.tiles(-5, -4, 4, 5, 8, "yellow")
+    s.tiles(-0.5, 0.5, 6.2, 5, 4, "yellow")
+    s.box((-8, -4, 0.4), (3, 8, 2.4), "light", stripes=(0, 0, 4))  # ribbed counterweight, sloping hood
+    s.box((-8.12, -4, 0.6), (0.12, 8, 1.2), "yellow", stripes=(2.8, 2.8, 2.8))
+    s.add(BOX, (-6.5, -3, 3.25), (1.62, 1, 0.4), "yellow", (1, 0, 0.45), stripes=(4, 0, 0), n=4, step=(0, 2, 0))
+    for y, v in ((-4, 1), (3, 3.7)):  # grilles before the black wall, handrails; posts of the open cab
+        s.box((-5, y + 0.1, 0.5), (4.6, 0.8, 0.25), "light", n=5, step=(0, 0, 0.48))
         s.box((-5, y, 0.4), (0.4, 1, 2.4), "yellow", n=3, step=(2.3, 0, 0))
-        s.rod((-4.8, y + 0.5, 4), (0, 0, 1.3), 0.08, "black", n=3, step=(2.3, 0, 0))
-        s.rod((-4.8, y + 0.5, 5.3), (4.6, 0, 0), 0.08, "black")
+        s.rod((-4.8, y + 0.5, 4), (0, 0, 1.3), 0.14, "black", n=3, step=(2.3, 0, 0))
+        s.rod((-4.8, y + 0.5, 5.3), (4.6, 0, 0), 0.14, "black")
         s.box((0, v, 1.6), (0.3, 0.3, 4.2), "black", n=3, step=(1.85, 0, 0))
-        s.box((0, v + 0.05, 2.9), (4, 0.18, 0.18), "black", n=3, step=(0, 0, 0.8))
     for x, y, z, height, r, colour in ((-3.5, -2, 4, 1.6, 0.4, "light"), (-2, -2, 4, 2, 0.3, "black"),
-                                       (1, 1, 6, 1, 0.3, "orange"), (0, 4, 6, 3.8, 0.07, "black")):
+                                       (1, 1, 6, 1, 0.3, "orange"), (0, 4, 6, 3, 0.15, "black")):
         s.rod((x, y, z), (0, 0, height), r, colour, 0.7 * r * (z == 4))
     a, b, c, d, e = joints = np.array(((1.5, 1.6), (4.75, 8.9), (10.6, 10.2), (11.6, 3.2), (9.7, 12)))  # (x, z)
     for x, z in joints:
@@ -134,22 +139,20 @@ def excavator(s, mid=-1.5):
 
 
 def site(s, rng):
-    """Plate of 28 x 22 studs, sand and grass, with cones, a barrier and a heap of loose bricks."""
+    """Plate of 28 x 24 studs, tiled in stone and grass, with a container, a barrier, cones and a heap of bricks."""
     s.place((0, 0, 0))
-    s.box((-14, -11, -0.7), (28, 22, 0.4), "dark")
-    for x, y in np.ndindex(28, 22):
-        edge, r = x in (0, 27) or y in (0, 21), (x / 12.5 - 1.1) ** 4 + (y / 9.5 - 1.1) ** 4
-        pair = ("lime", "green") if r > 0.75 + 0.4 * sin(x) else ("sand", "tan")
-        colour = ("light", "dark")[(x + y) % 2] if edge else pair[int(rng.random() < 0.7)]
-        s.bricks(x - 14, y - 11, -0.4, 1, 1, colour, 1, 0.4, studs=not edge)
-    for k in range(5):  # stack of bricks
-        s.bricks(k // 2 - 10, 8, k * 1.2, 5 - k, 2, ("red", "white", "blue")[k % 3])
-    for k in range(10):  # barrier and cones
-        s.box((1.2 * k - 8, -9.9, 0), (0.3, 0.3, 3.4), "dark")
-        s.box((1.2 * k - 8, -10.2, 1.1), (1.2, 0.3, 0.8), ("red", "white")[k % 2], n=2, step=(0, 0, 1.3))
-        for x, y in ((11.5, -2.5), (11.5, -7.5), (4.5, -8.5), (-2.5, 9.5), (4.5, 9.5)):
+    s.bricks(-14, -12, -0.7, 28, 24, "dark", 1, 0.4)
+    for x, y in np.ndindex(26, 22):
+        grass = (x / 12 - 1.04) ** 4 + (y / 10 - 1.05) ** 4 > 0.95 + 0.4 * sin(x)
+        s.tiles(x - 13, y - 11, -0.3, 1, 1, "lime" if grass else ("tan", "white")[int(rng.random() < 0.5)])
+    s.box((-12.4, -10.8, 0), (12.3, 3, 3.4), "white", stripes=(4, 0, 0))  # container of ribbed sheets
+    s.box((-8, 9.7, 0), (0.3, 0.3, 3.4), "dark", n=9, step=(1.5, 0, 0))
+    for k in range(48):  # barrier
+        s.box((0.25 * k - 8, 9.4, 1.1), (0.25, 0.3, 0.8), ("red", "white")[k % 2], n=2, step=(0, 0, 1.3))
+    for k in range(10):  # cones
+        for x, y in ((11.5, -2.5), (11.5, -7.5), (4.5, -8.5), (10.5, 9), (6.5, 9.5)):
             s.rod((x, y, k / 4), (0, 0, 0.45), 0.7 - 0.06 * k if k else 1, "white" if k in (3, 4, 7) else "orange")
-    for x, y in rng.normal(size=(70, 2)) * (1.3, 1.9):  # the heap
+    for x, y in rng.normal(size=(45, 2)) * (1.3, 1.9):  # the heap
         z = 0.2 + max(0.1, 2.8 - 0.9 * hypot(x, y)) * rng.random()
         s.place((10 + x, 3.6 + y, z), turn=rng.uniform(0, 360), tilt=rng.uniform(-25, 25))
         colour = ("brown", "sand", "light", "red", "blue", "white")[rng.integers(6)]
@@ -227,10 +230,9 @@ def shade(prims, nodes, i, x, d, n_local, u, v):
     p = prims[i]
     q, n = p.axes @ (x - p.centre), (p.axes.transpose() @ n_local).normalized()
     e = p.half - abs(q)  # near an edge of a box two of these are small: a seam; studs have rings
-    groove = p.bore == 0 and e.sum() - e.max() < min(0.06, 0.3 * p.half.min())
-    if p.kind == CYLINDER:
-        groove = abs(n_local.y) > 0.5 and 0.43 < q.xz.norm() / p.half.x < 0.63
-    colour = p.colour * (0.05 if ti.floor(q.dot(p.stripes)) % 2 == 1 else 0.35 if groove else 1.0)
+    groove = (abs(n_local.y) > 0.5 and 0.43 < q.xz.norm() / p.half.x < 0.63 if p.kind == CYLINDER else
+              p.bore == 0 and e.sum() - e.max() < min(0.06, 0.3 * p.half.min()))
+    colour = p.colour * (0.05 if ti.floor(0.998 * q.dot(p.stripes)) % 2 == 1 else 0.35 if groove else 1.0)
     s = n.cross(vec3(1, 0, 0) if abs(n.x) < 0.6 else vec3(0, 1, 0)).normalized()
     around = ti.cos(2 * pi * u) * s + ti.sin(2 * pi * u) * n.cross(s)
     away, start = ti.sqrt(1 - v) * n + ti.sqrt(v) * around, x + 0.004 * n  # a cosine lobe about n
@@ -239,10 +241,10 @@ def shade(prims, nodes, i, x, d, n_local, u, v):
     cosine = max(0.0, -n.dot(d))
     sky = 0.25 + 0.75 * smoothstep(-0.2, 0.8, d.z + 2 * cosine * n.z)  # brightness of what is mirrored
     gloss = open_sky * (0.04 + 0.5 * (1 - cosine) ** 5) * sky
-    sun = (vec3(0.46, -0.54, 0.69) + 0.03 * vec3(u - 0.5, v - 0.5, 0)).normalized()
+    sun = (vec3(0.4, -0.48, 0.78) + 0.03 * vec3(u - 0.5, v - 0.5, 0)).normalized()
     if n.dot(sun) > 0 and trace(prims, nodes, start, sun, FAR, True)[1] < 0:
         light += n.dot(sun) * vec3(1.05, 1.0, 0.9)
-        gloss += 0.35 * max(0.0, n.dot((sun - d).normalized())) ** 60
+        gloss += 0.2 * max(0.0, n.dot((sun - d).normalized())) ** 30
     return ti.min(colour * light + gloss, 1.0)
 
 
@@ -250,9 +252,8 @@ def shade(prims, nodes, i, x, d, n_local, u, v):
 def render(prims: ti.template(), nodes: ti.template(), pose: mat4, image: ti.types.ndarray(vec4, ndim=2)):
     """Straight-alpha sRGB image (SIZE, SIZE) from the camera-to-world matrix `pose`."""
     for row, col in image:
-        o = (pose @ vec4(0, 0, 0, 1)).xyz / STUD - vec3(0, 0, GROUND / STUD)
-        total = vec4(0)  # of the samples that hit: colour, count
-        for k in range(SAMPLES):
+        o, total = (pose @ vec4(0, 0, 0, 1)).xyz / STUD - vec3(0, 0, GROUND / STUD), vec4(0)  # of hits: colour, count
+        for k in range(SAMPLES):  # a Fibonacci lattice: frac(k / 21), frac(13 k / 21)
             u, v, w = [((m * k) % SAMPLES + 0.5) / SAMPLES for m in ti.static((1, 13, 8))]
             x, y = 2 * (col + u) / SIZE - 1, 1 - 2 * (row + v) / SIZE
             d = (pose @ vec4(ti.tan(ANGLE_X / 2) * vec2(x, y), -1, 0)).xyz.normalized()
