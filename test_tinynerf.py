@@ -1518,13 +1518,13 @@ def check_saved(m, views, monkeypatch, tmp_path):
 def test_train_capture(steady, monkeypatch, tmp_path):
     """Training on photos does not reach its quality, or one that cannot be true; codes do not take up what differs
     between exposures; or measuring that changes the model."""
-    m, losses, total = train_capture(0, 50)
-    test = sphere_views(1, phase=1.0, exposures=[0.5, 1.0])
+    m, losses, total = train_capture(0, 150)
+    test = sphere_views(2, phase=1.0, exposures=[0.5, 1.0])
     before = m.params.to_numpy()
-    metrics, fitted = tinynerf.evaluate(m, test), tinynerf.evaluate_fitted(m, test, 15, 128)
+    metrics, fitted = tinynerf.evaluate(m, test), tinynerf.evaluate_fitted(m, test)
     print(f"psnr {metrics['psnr']:.2f} dB, fitted {fitted:.2f} dB, {total['samples']} samples, {total['rays']} rays, "
           f"loss {losses[:10].mean():.4f} to {losses[-10:].mean():.4f}")
-    assert 11 < metrics["psnr"] < 13 and 16 < fitted < 19        # a picture between the exposures is wrong for both
+    assert 12 < metrics["psnr"] < 14 and 16 < fitted < 20        # a picture between the exposures is wrong for both
     codes = before.ravel()[m.first_code:].reshape(25, 8)
     assert_close("the neutral code", codes[24], codes[:24].mean(0), 1e-5)
     assert np.array_equal(m.params.to_numpy(), before)
@@ -1534,7 +1534,7 @@ def test_train_capture(steady, monkeypatch, tmp_path):
 @pytest.mark.parametrize("train", [train_sphere, train_capture])
 def test_repeat(steady, train):
     """Two runs of one seed differ, or two seeds do not."""
-    (a, loss_a, _), (b, loss_b, _), (c, loss_c, _) = (train(seed, 10) for seed in (0, 0, 1))
+    (a, loss_a, _), (b, loss_b, _), (c, loss_c, _) = (train(seed, 20) for seed in (0, 0, 1))
     assert np.abs(loss_c - loss_a).max() > 1e-3 and np.abs(a.params.to_numpy() - c.params.to_numpy()).max() > 0.01
     if ON_CPU:
         for name in ("params", "moment", "occupancy", "density_grid"):
