@@ -887,7 +887,7 @@ def evaluate_fitted(m, views, n_steps=50, n_rays=512):
             compare(m, n, on_device, 0, step, neutral)
             k.composite_backward(n, m.ray_span, m.sample, m.rgb_sigma, m.pixel, m.grad_pixel, m.grad_rgb_sigma)
             color_backward(m, neutral)
-            adam(m, step + 1, LEARNING_RATE)
+            adam(m, step + 1, 10.0 * LEARNING_RATE)              # codes are small numbers: see k.CODE_SCALE
         rgb, _ = render_view(m, views.camera[i], width, height, lens)
         rgba, right = view_image(views, i), np.arange(width)[:, None] >= width // 2
         psnrs.append(psnr(rgb, over_white(rgba), right & ((rgba[..., 3:] == 255) | (views.alpha != "mask"))))
