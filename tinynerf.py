@@ -13,6 +13,7 @@ import argparse
 import concurrent.futures
 import contextlib
 import csv
+import gc
 import importlib.util
 import json
 import math
@@ -1166,6 +1167,7 @@ def start_taichi(arch):
 
     auto takes CUDA, then a Vulkan or Metal GPU, then the CPU. UserError if an arch that was asked for is missing.
     """
+    gc.collect()           # A buffer that outlives its Taichi takes another one's memory along when it goes
     choices = [arch] if arch != "auto" else ["cuda", "metal" if sys.platform == "darwin" else "vulkan", "cpu"]
     if arch == "auto" and sys.platform == "linux" and not os.path.exists("/dev/dri"):
         choices.remove("vulkan")                     # no GPU: what Vulkan would find is a renderer in software
@@ -1354,8 +1356,9 @@ def command_train(args):
     cameras = dict(train=scene.train.camera, test=scene.test.camera, test_size=scene.test.size)
     save_model(os.path.join(out, "model.npz"), m, info, cameras)
 
-    metrics = dict(buffer_mb=m.buffer_mb(), **measure(m, scene.test, out))
-    metrics.update(split=scene.split, steps=total["steps"], train_seconds=total["train_seconds"],
+    buffer_mb = m.buffer_mb()
+    metrics = measure(m, scene.test, out)
+    metrics.update(buffer_mb=buffer_mb, split=scene.split, steps=total["steps"], train_seconds=total["train_seconds"],
                    compile_seconds=total["compile_seconds"],
                    samples_per_second=total["samples"] / total["train_seconds"],
                    rays_per_second=total["rays"] / total["train_seconds"], rays_dropped=total["rays_dropped"])
@@ -1510,6 +1513,7 @@ def command_bench(args):
     m = Model(settings, space, len(scene.train.size) if scene.capture else 0)
     on_device, line, refresh = upload_views(m, scene.train), {}, settings["refresh"]
     train(m, on_device, 0, steps=args.steps, report=lambda **now: line.update(now))
+    pack_occupancy(m, line["step"], DARK_AFTER)      # as it is while training goes on
     rays = line["n_rays"]
 
     def step():
