@@ -1056,7 +1056,7 @@ def mark_lit_cells(n_rays: ti.i32, grid_size: ti.i32, step: ti.i32, march_span: 
     keep          [n_marched]    in      from mark_visible_samples: only samples that are kept dim
     lit_step      [grid_size^3]  in-out  the last step in which light reached the cell
     thread        one per ray
-    atomic        i32 max on lit_step
+    atomic        none: an entry may have several writers, but they all write `step`
     """
     for r in range(n_rays):
         T = 1.0
@@ -1067,7 +1067,7 @@ def mark_lit_cells(n_rays: ti.i32, grid_size: ti.i32, step: ti.i32, march_span: 
             cell = ti.Vector([0, 0, 0])
             for c in ti.static(range(3)):
                 cell[c] = cell_of(march_sample[5 * i + c] * grid_size, grid_size)
-            ti.atomic_max(lit_step[cell_number(cell[0], cell[1], cell[2], grid_size)], step)
+            lit_step[cell_number(cell[0], cell[1], cell[2], grid_size)] = step
             if keep[i] == 1:
                 T *= ti.exp(-march_sigma[i] * march_sample[5 * i + 4])
 

@@ -994,9 +994,9 @@ def test_mark_lit_cells(rng):
     depth = np.where(keep, rgb_sigma[:, 3] * sample[:, 4], 0)
     for first, length in span:
         T = np.exp(-np.cumsum(np.append(0, depth[first:first + length])))[:-1]
-        want[cell_index(sample[first:first + length, :3][T >= k.T_STOP], 16)] = 5
+        want[cell_index(sample[first:first + length, :3][T >= k.T_STOP], 16)] = 9
     lit_step = buf(lit)
-    k.mark_lit_cells(len(span), 16, 5, buf(span), buf(sample), buf(rgb_sigma[:, 3]), buf(keep.astype(int)), lit_step)
+    k.mark_lit_cells(len(span), 16, 9, buf(span), buf(sample), buf(rgb_sigma[:, 3]), buf(keep.astype(int)), lit_step)
     assert np.array_equal(lit_step.to_numpy(), np.maximum(lit, want)) and 0 < (want == 0).sum() < 16**3
 
 
@@ -2375,6 +2375,7 @@ def test_convert_command(tmp_path, rng, capsys, monkeypatch):
 def tiny(monkeypatch, tmp_path):
     """A machine of the smallest kind, a scene, and a folder to run in."""
     monkeypatch.setattr(tinynerf, "MACHINES", {"cpu": TINY, "gpu": TINY})
+    monkeypatch.setattr(tinynerf, "start_taichi", lambda arch: (ARCH, "the device that was found"))      # compiles once
     monkeypatch.chdir(tmp_path)
     write_scene(tmp_path / "scene", n_train=8, size=24)
     return tmp_path
