@@ -37,7 +37,8 @@ DARK = END + 1        # step index of a ray that has ended in a dark cell
 NEVER = 2**31 - 1     # the first step whose loss is no finite number, while there is none
 RADIUS = 0.25         # of the ball in the middle of the cube that the contraction leaves as it is
 FAR = 25.0            # where rays of an unbounded scene end, in sides of the cube
-CODE_SCALE = 0.05     # of photographs' codes where they enter the color MLP: small ones, so that their mean is one too
+CODE_SCALE = 0.05     # of photographs' codes where they enter the color MLP
+NEUTRAL_EVERY = 4     # one of so many training rays has the neutral code
 CAMERA = 22           # numbers of a camera: see generate_rays
 LENS_TOLERANCE = 1e-6  # to which a lens is inverted, in units of the focal length
 T_STOP = 1e-3         # a ray ends when less than this share of light reaches its next sample
@@ -96,12 +97,15 @@ def fill_uniform(n: ti.i32, first: ti.i32, bound: ti.f32, seed: ti.i32, params: 
 
 @ti.kernel
 def pick_pixels(n_rays: ti.i32, n_views: ti.i32, seed: ti.i32, step: ti.i32, size: i32buf, ray_pixel: i32buf,
-                ray_view: i32buf):
-    """Pixels of a training batch: a random view, then a random pixel of it, with replacement.
+                ray_view: i32buf, ray_code: i32buf):
+    """Pixels of a training batch: a random view, then a random pixel of it, with replacement. Each view has a code, see
+    color_input_forward, and there is one more, the neutral code, which a share of all rays has instead: it comes to
+    stand for what the photographs have in common, and new views are rendered with it.
 
     size       [n_views, 4]  in    first pixel, width, height, lens: see generate_rays
     ray_pixel  [n_rays]      out   index of the pixel: size[view][0] + row * width + column
     ray_view   [n_rays]      out   the view
+    ray_code   [n_rays]      out   the view, or n_views: neutral
     thread     one per ray
     """
     for r in range(n_rays):
@@ -109,18 +113,20 @@ def pick_pixels(n_rays: ti.i32, n_views: ti.i32, seed: ti.i32, step: ti.i32, siz
         n_pixels = size[4 * v + 1] * size[4 * v + 2]
         ray_pixel[r] = size[4 * v] + ti.cast(random_u32(seed, STREAM_PIXEL, step, r) % ti.u32(n_pixels), ti.i32)
         ray_view[r] = v
+        ray_code[r] = ti.select(r % NEUTRAL_EVERY == 0, n_views, v)
 
 
 @ti.kernel
-def list_pixels(n_rays: ti.i32, first: ti.i32, ray_pixel: i32buf, ray_view: i32buf):
+def list_pixels(n_rays: ti.i32, first: ti.i32, ray_pixel: i32buf, ray_view: i32buf, ray_code: i32buf):
     """Pixels of an image that is rendered, the only view there is: the n_rays pixels from `first` on.
 
-    ray_pixel, ray_view  [n_rays]  out   as in pick_pixels
+    ray_pixel, ray_view, ray_code  [n_rays]  out   as in pick_pixels; view and code are the first there are
     thread     one per ray
     """
     for r in range(n_rays):
         ray_pixel[r] = first + r
         ray_view[r] = 0
+        ray_code[r] = 0
 
 
 @ti.func
@@ -1136,8 +1142,8 @@ def density_head_backward(counter: i32buf, rgb_sigma: f32buf, grad_rgb_sigma: f3
 
 @ti.kernel
 def color_input_forward(n_code: ti.i32, first: ti.i32, counter: i32buf, geometry: rows16, sample_ray: i32buf,
-                        ray: f32buf, ray_view: i32buf, params: rowsF, color_input: rows64):
-    """color_input[i] = (geometry[i], Y(direction), CODE_SCALE code[view]): what the density MLP says, the 16 real
+                        ray: f32buf, ray_code: i32buf, params: rowsF, color_input: rows64):
+    """color_input[i] = (geometry[i], Y(direction), CODE_SCALE code[ray_code]): what the density MLP says, the 16 real
     spherical harmonics of bands 0 to 3, and n_code numbers that are learned for each photograph, for what differs
     between photographs of one scene, such as exposure and white balance (Martin-Brualla et al. 2021, "NeRF in the
     Wild", section 4.1; n_code = 0 where photographs agree).
@@ -1148,8 +1154,8 @@ def color_input_forward(n_code: ti.i32, first: ti.i32, counter: i32buf, geometry
     geometry     [n_samples] rows of 16    in
     sample_ray   [n_samples]               in
     ray          [n_rays, 8]               in    [4:7] = direction
-    ray_view     [n_rays]                  in
-    params       [n_param_rows] rows of F  in    numbers from `first` on: code [n_views, n_code]
+    ray_code     [n_rays]                  in
+    params       [n_param_rows] rows of F  in    numbers from `first` on: code [n_views + 1, n_code]
     color_input  [n_samples] rows of 64    out   the first 32 + n_code entries
     thread       one per sample
     """
@@ -1167,19 +1173,19 @@ def color_input_forward(n_code: ti.i32, first: ti.i32, counter: i32buf, geometry
             color_input[i][c] = geometry[i][c]
             color_input[i][OUTPUT + c] = Y[c]
         for c in range(n_code):
-            at = first + n_code * ray_view[r] + c
+            at = first + n_code * ray_code[r] + c
             color_input[i][2 * OUTPUT + c] = CODE_SCALE * params[at // N_FEATURES][at % N_FEATURES]
 
 
 @ti.kernel
 def code_backward(n_code: ti.i32, first: ti.i32, n_chunks: ti.i32, chunk: ti.i32, counter: i32buf, sample_ray: i32buf,
-                  ray_view: i32buf, grad_color_input: rows64, grad_params: rowsF):
-    """grad_code[view] += CODE_SCALE sum of grad_color_input[i][32:32 + n_code] over the samples i of the view's rays
+                  ray_code: i32buf, grad_color_input: rows64, grad_params: rowsF):
+    """grad_code[c] += CODE_SCALE sum of grad_color_input[i][32:32 + n_code] over the samples i of rays with code c
 
     n_chunks chunks of `chunk` samples each, at least as many as there are samples.
     counter           [4]                       in
     sample_ray        [n_samples]               in
-    ray_view          [n_rays]                  in
+    ray_code          [n_rays]                  in
     grad_color_input  [n_samples] rows of 64    in
     grad_params       [n_param_rows] rows of F  in-out  numbers from `first` on
     thread   one per chunk of samples
@@ -1188,28 +1194,12 @@ def code_backward(n_code: ti.i32, first: ti.i32, n_chunks: ti.i32, chunk: ti.i32
     for t in range(n_chunks):
         for i in range(t * chunk, ti.min((t + 1) * chunk, counter[0])):
             for c in range(n_code):
-                at = first + n_code * ray_view[sample_ray[i]] + c
+                at = first + n_code * ray_code[sample_ray[i]] + c
                 g = CODE_SCALE * grad_color_input[i][2 * OUTPUT + c]
                 if chunk >= counter[0]:
                     grad_params[at // N_FEATURES][at % N_FEATURES] = grad_params[at // N_FEATURES][at % N_FEATURES] + g
                 else:
                     ti.atomic_add(grad_params[at // N_FEATURES][at % N_FEATURES], g)
-
-
-@ti.kernel
-def mean_code(n_views: ti.i32, n_code: ti.i32, first: ti.i32, params: rowsF):
-    """The neutral code, for views that are no photograph: the mean of all codes, behind the last of them.
-
-    params   [n_param_rows] rows of F  in-out  numbers from `first` on: code [n_views + 1, n_code]
-    thread   one per component
-    """
-    for c in range(n_code):
-        total = 0.0
-        for v in range(n_views):
-            at = first + n_code * v + c
-            total += params[at // N_FEATURES][at % N_FEATURES]
-        at = first + n_code * n_views + c
-        params[at // N_FEATURES][at % N_FEATURES] = total / n_views
 
 
 @ti.kernel
@@ -1478,3 +1468,235 @@ def adam_step(n_rows: ti.i32, learning_rate: ti.f32, beta_1: ti.f32, beta_2: ti.
             moment[2 * t + 1] = v
             params[t] = params[t] + ti.select(g == 0.0, rowF(0.0), -learning_rate * m / (ti.sqrt(v) + epsilon))
             grad[t] = rowF(0.0)
+
+
+# ---- Mesh: the surface on which `opacity`, the share of light that a given length would take, is 1/2, by marching
+# tetrahedra (Doi and Koide 1991). The lattice has n = n_side points along each side, numbered x + n (y + n z). Each of
+# its cubes is cut into six tetrahedra around the same diagonal, so that neighbours agree on the faces that they share.
+# An edge leads from a lattice point p to p + corner_offset(d), d = 1..7, and belongs to p; it carries a vertex of the
+# mesh if only one of its ends is inside. Opacity is 0 on the walls of the lattice: the mesh has no border.
+
+@ti.func
+def lattice_point(p, n_side):
+    """Coordinates of a lattice point, from its number."""
+    return ti.Vector([p % n_side, p // n_side % n_side, p // (n_side * n_side)])
+
+
+@ti.func
+def corner_offset(corner, n_side):
+    """From a lattice point to the corner 0..7 of the cube above it, numbered as in corner_slot."""
+    return (corner & 1) + n_side * ((corner >> 1 & 1) + n_side * (corner >> 2))
+
+
+@ti.func
+def corners_inside(p, n_side, opacity: ti.template()):
+    """Bit c: is corner c of the cube above lattice point p inside, its opacity above 1/2? 0 for points of the upper
+    walls: no cube, no edge that carries a vertex."""
+    bits = 0
+    if lattice_point(p, n_side).max() < n_side - 1:
+        for corner in ti.static(range(8)):
+            if opacity[p + corner_offset(corner, n_side)] > 0.5:
+                bits |= 1 << corner
+    return bits
+
+
+@ti.func
+def edges_crossed(bits):
+    """Bit d = 1..7: does the edge d of a lattice point carry a vertex? bits: from corners_inside."""
+    return (bits ^ ti.select(bits & 1 == 1, 255, 0)) & 254
+
+
+@ti.func
+def count_bits(bits):
+    """Number of bits that are set, of the lower 8."""
+    total = 0
+    for c in ti.static(range(8)):
+        total += bits >> c & 1
+    return total
+
+
+@ti.func
+def tetrahedron(number, bits):
+    """Corners of tetrahedron 0..5 of a cube with those inside first, three bits each; how many are inside; and whether
+    that order is mirrored. Its corners are 0, one step along an axis, a second one along another, and 7."""
+    first, second = number // 2, (number // 2 + 1 + number % 2) % 3
+    corners = 1 << (3 + first) | (1 << first | 1 << second) << 6 | 7 << 9
+    order, n_inside, mirrored = 0, 0, number % 2
+    for slot in ti.static(range(4)):
+        corner = corners >> (3 * slot) & 7
+        if bits >> corner & 1 == 1:
+            order |= corner << (3 * n_inside)
+            n_inside += 1
+            mirrored ^= (slot - n_inside + 1) & 1    # it overtakes those before it that are outside
+    n_outside = 0
+    for slot in ti.static(range(4)):
+        corner = corners >> (3 * slot) & 7
+        if bits >> corner & 1 == 0:
+            order |= corner << (3 * (n_inside + n_outside))
+            n_outside += 1
+    return order, n_inside, mirrored
+
+
+@ti.kernel
+def place_lattice_samples(n: ti.i32, first: ti.i32, n_side: ti.i32, low: ti.f32, size: ti.f32, sample: f32buf,
+                          counter: i32buf):
+    """n lattice points from `first` on as samples: all of the lattice is the cube [low, low + size]^3.
+
+    sample   [n, 5]  out   position (not contracted yet), 0, 0
+    counter  [4]     out   [0] = n
+    thread   one per point
+    """
+    for t in range(n):
+        at = lattice_point(first + t, n_side)
+        for c in ti.static(range(3)):
+            sample[5 * t + c] = low + size * at[c] / (n_side - 1)
+        sample[5 * t + 3] = 0.0
+        sample[5 * t + 4] = 0.0
+        if t == 0:
+            counter[0] = n
+
+
+@ti.kernel
+def lattice_opacity(n: ti.i32, first: ti.i32, n_side: ti.i32, length: ti.f32, grid_size: ti.i32, sample: f32buf,
+                    sigma: f32buf, occupancy: u32buf, opacity: f32buf):
+    """opacity = 1 - exp(-sigma length); 0 on the walls of the lattice and in empty cells, where rays do not look.
+
+    sample     [n, 5]          in    position, in the cube
+    sigma      [n]             in
+    occupancy  [2 n + n / 64]  in    see above
+    opacity    [n_side^3]      out   n entries from `first` on
+    thread     one per point
+    """
+    for t in range(n):
+        at = lattice_point(first + t, n_side)
+        wall, cell = False, ti.Vector([0, 0, 0])
+        for c in ti.static(range(3)):
+            wall = wall or at[c] == 0 or at[c] == n_side - 1
+            cell[c] = cell_of(sample[5 * t + c] * grid_size, grid_size)
+        number = cell_number(cell[0], cell[1], cell[2], grid_size)
+        empty = (occupancy[number >> 5] >> ti.u32(number & 31)) & ti.u32(1) == ti.u32(0)
+        opacity[first + t] = ti.select(wall or empty, 0.0, 1.0 - ti.exp(-sigma[t] * length))
+
+
+@ti.kernel
+def count_mesh(n_side: ti.i32, opacity: f32buf, vertex_span: i32buf, triangle_span: i32buf):
+    """How many vertices the edges of each lattice point carry, and how many triangles lie in the cube above it: in each
+    tetrahedron none, one where a corner is alone on its side, two where there are two on each.
+
+    opacity        [n_side^3]     in
+    vertex_span    [n_side^3, 2]  out   [1]
+    triangle_span  [n_side^3, 2]  out   [1]
+    thread         one per lattice point
+    """
+    for p in range(n_side * n_side * n_side):
+        bits = corners_inside(p, n_side, opacity)
+        n_triangles = 0
+        if 0 < bits < 255:
+            for number in range(6):
+                _, n_inside, _ = tetrahedron(number, bits)
+                n_triangles += ti.min(n_inside, 4 - n_inside)
+        vertex_span[2 * p + 1] = count_bits(edges_crossed(bits))
+        triangle_span[2 * p + 1] = n_triangles
+
+
+@ti.kernel
+def write_vertices(n_side: ti.i32, low: ti.f32, size: ti.f32, opacity: f32buf, vertex_span: i32buf, vertex: f32buf):
+    """Vertices where opacity, linear along an edge, is 1/2 (not quite at its ends, so that no two vertices meet), each
+    as a ray that looks into the surface, along the gradient of opacity at the end that is inside.
+
+    opacity      [n_side^3]       in
+    vertex_span  [n_side^3, 2]    in    first vertex, number of vertices
+    vertex       [n_vertices, 8]  out   position (not contracted), 0, direction (unit length), 0
+    thread       one per lattice point, which writes the vertices on its edges
+    """
+    for p in range(n_side * n_side * n_side):
+        at = lattice_point(p, n_side)
+        bits = corners_inside(p, n_side, opacity)
+        i = vertex_span[2 * p]
+        for d in range(1, 8):
+            if edges_crossed(bits) >> d & 1 == 1:
+                q = p + corner_offset(d, n_side)
+                share = ti.math.clamp((0.5 - opacity[p]) / (opacity[q] - opacity[p]), 0.01, 0.99)
+                inner = ti.select(bits & 1 == 1, p, q)
+                direction = vec3(0.0)
+                for c in ti.static(range(3)):
+                    along, next_point = d >> c & 1, corner_offset(1 << c, n_side)
+                    vertex[8 * i + c] = low + size * (at[c] + share * along) / (n_side - 1)
+                    # The edge, a little, for points whose neighbours are all alike
+                    direction[c] = (opacity[inner + next_point] - opacity[inner - next_point]
+                                    + 1e-3 * along * (opacity[q] - opacity[p]))
+                length = direction.norm()
+                for c in ti.static(range(3)):
+                    vertex[8 * i + 4 + c] = direction[c] / length
+                vertex[8 * i + 3] = 0.0
+                vertex[8 * i + 7] = 0.0
+                i += 1
+
+
+@ti.func
+def edge_vertex(p, order, i, j, n_side, opacity: ti.template(), vertex_span: ti.template()):
+    """The vertex between the i-th and the j-th corner, in a tetrahedron's order, of the cube above lattice point p.
+    opacity and vertex_span are those of write_triangles."""
+    corner, other = order >> (3 * i) & 7, order >> (3 * j) & 7
+    q = p + corner_offset(corner & other, n_side)    # the lower end: a tetrahedron's corners lie above each other
+    before = (1 << (corner ^ other)) - 1
+    return vertex_span[2 * q] + count_bits(edges_crossed(corners_inside(q, n_side, opacity)) & before)
+
+
+@ti.kernel
+def write_triangles(n_side: ti.i32, opacity: f32buf, vertex_span: i32buf, triangle_span: i32buf, triangle: i32buf):
+    """The triangles of each tetrahedron, counterclockwise as seen from outside. With its corners in order, those inside
+    first, they join the edges
+
+        01 02 03   if one corner is inside        02 03 13 and 02 13 12   if two are        03 13 23   if three are
+
+    opacity        [n_side^3]        in
+    vertex_span    [n_side^3, 2]     in    first vertex, number of vertices
+    triangle_span  [n_side^3, 2]     in    first triangle, number of triangles
+    triangle       [n_triangles, 3]  out   indices of vertices
+    thread         one per lattice point, for the cube above it
+    """
+    for p in range(n_side * n_side * n_side):
+        bits = corners_inside(p, n_side, opacity)
+        at = triangle_span[2 * p]
+        if triangle_span[2 * p + 1] > 0:
+            for number in range(6):
+                order, n_inside, mirrored = tetrahedron(number, bits)
+                for k in range(ti.min(n_inside, 4 - n_inside)):
+                    edges = 0o010203                 # two octal digits an edge
+                    if n_inside == 2:
+                        edges = ti.select(k == 0, 0o020313, 0o021312)
+                    elif n_inside == 3:
+                        edges = 0o031323
+                    for c in ti.static(range(3)):
+                        edge = edges >> (12 - 6 * c)
+                        slot = ti.select(mirrored == 1, 2 - c, c)
+                        triangle[3 * at + slot] = edge_vertex(p, order, edge >> 3 & 7, edge & 7, n_side, opacity,
+                                                              vertex_span)
+                    at += 1
+
+
+@ti.kernel
+def load_vertices(n: ti.i32, first: ti.i32, vertex: f32buf, sample: f32buf, ray: f32buf, sample_ray: i32buf,
+                  ray_code: i32buf, counter: i32buf):
+    """n vertices from `first` on as samples with a ray each, to ask the field for their colors.
+
+    vertex      [n_vertices, 8]  in
+    sample      [n, 5]           out   position (not contracted yet), 0, 0
+    ray         [n, 8]           out
+    sample_ray  [n]              out   t
+    ray_code    [n]              out   0
+    counter     [4]              out   [0] = n
+    thread      one per vertex
+    """
+    for t in range(n):
+        for c in ti.static(range(8)):
+            ray[8 * t + c] = vertex[8 * (first + t) + c]
+        for c in ti.static(range(3)):
+            sample[5 * t + c] = vertex[8 * (first + t) + c]
+        sample[5 * t + 3] = 0.0
+        sample[5 * t + 4] = 0.0
+        sample_ray[t] = t
+        ray_code[t] = 0
+        if t == 0:
+            counter[0] = n

@@ -4,6 +4,8 @@
     python tinynerf.py train --resume runs/lego       goes on where that was interrupted
     python tinynerf.py render runs/lego       renders the model again
     python tinynerf.py eval runs/lego         measures it again
+    python tinynerf.py view runs/lego         opens a window onto it
+    python tinynerf.py mesh runs/lego         writes its surface as a triangle mesh
     python tinynerf.py bench                  times every kernel
 
 kernels.py holds everything that a port to another GPU language has to rewrite; this file is what it can keep: scenes,
@@ -39,6 +41,8 @@ try:
     import imageio.v3 as imageio
     import numpy as np
     import PIL.Image                                 # comes with imageio
+    import PIL.ImageDraw
+    import PIL.ImageFont
     import PIL.ImageOps
     import rich.progress
     import taichi as ti
@@ -66,8 +70,10 @@ NEAR = 0.1                      # captures: distance of the nearest sample in su
 GROWTH = 4.0                    # unbounded scenes: steps grow by GROWTH / (steps along the diagonal) of the distance
 DISTORTION = 0.03               # unbounded scenes: strength of the distortion loss
 HOST_MB = 400                   # what Taichi, its compiler and pictures take besides buffers
+MESH_LENGTH = 0.01              # a mesh is where half of the light would be gone after so many sides of its cube
 READ_EVERY = 16                 # steps between two looks of the host at the counters
 CHECKPOINT_SECONDS = 30         # between two checkpoints
+WATCH_SECONDS = 5               # between two pictures of train --watch
 
 # What depends on the machine. march: most samples in flight; batch: samples that a step aims to keep of them, after the
 # probe; rays: most rays in flight; coarsest, finest: cells per side of the first and the last level of the hash grid
@@ -207,12 +213,29 @@ def count_pixels(path):
         return 0
 
 
+def is_pose(pose):
+    """Whether a camera-to-world matrix [3, 4] is finite, and its 3x3 part a rotation."""
+    rotation = pose[:, :3]
+    return (np.abs(pose).max() < 1e9 and np.linalg.det(rotation) > 0                    # NaN is not < either
+            and np.abs(rotation @ rotation.T - np.eye(3)).max() < 1e-2)
+
+
+def frame_camera(f, width, height, downscale=1):
+    """Camera [22], see load_scene, of a frame from parse_frame and its image's size before downscaling."""
+    w, h = f.w or width, f.h or height
+    fx, fy = f.fl_x, f.fl_y
+    if fx is None:
+        fx = f.camera_angle_x and 0.5 * w / math.tan(0.5 * f.camera_angle_x)
+        fy = f.camera_angle_y and 0.5 * h / math.tan(0.5 * f.camera_angle_y)
+    cx, cy = 0.5 * w if f.cx is None else f.cx, 0.5 * h if f.cy is None else f.cy
+    pixels = np.array([fx or fy, fy or fx, cx, cy]) * (width / w / downscale)
+    return np.concatenate([f.pose.ravel(), pixels, [getattr(f, key) or 0.0 for key in LENS]])
+
+
 def load_view(f, folder, downscale, capture):
     """(view, problem) of a frame from parse_frame. view: a namespace of name, rgba [height, width, 4] u8, lens and
     camera (see load_scene), or None if the frame cannot be used. problem: None, or (what it has, which it is)."""
-    rotation = f.pose[:, :3]
-    if not (np.abs(f.pose).max() < 1e9 and np.linalg.det(rotation) > 0                  # NaN is not < either
-            and np.abs(rotation @ rotation.T - np.eye(3)).max() < 1e-2):
+    if not is_pose(f.pose):
         return None, ("a pose that is not finite, or whose 3x3 part is no rotation", f.name)
     path, problem = find_image(folder, f.name), None
     if path is None:
@@ -239,14 +262,7 @@ def load_view(f, folder, downscale, capture):
             rows, columns = rgba.shape[0] * downscale, rgba.shape[1] * downscale
             rgba[..., 3] = full[:rows, :columns, 3].reshape(len(rgba), downscale, -1, downscale).min((1, 3))
 
-    w, h = f.w or width, f.h or height
-    fx, fy = f.fl_x, f.fl_y
-    if fx is None:
-        fx = f.camera_angle_x and 0.5 * w / math.tan(0.5 * f.camera_angle_x)
-        fy = f.camera_angle_y and 0.5 * h / math.tan(0.5 * f.camera_angle_y)
-    cx, cy = 0.5 * w if f.cx is None else f.cx, 0.5 * h if f.cy is None else f.cy
-    pixels = np.array([fx or fy, fy or fx, cx, cy]) * (width / w / downscale)
-    camera = np.concatenate([f.pose.ravel(), pixels, [getattr(f, key) or 0.0 for key in LENS]])
+    camera = frame_camera(f, width, height, downscale)
     return types.SimpleNamespace(name=f.name, rgba=rgba, lens=int(f.fisheye), camera=camera), problem
 
 
@@ -480,6 +496,7 @@ class Model:
 
         self.ray_pixel = self.new(i32, n_rays)                   # index of the pixel
         self.ray_view = self.new(i32, n_rays)                    # and its view
+        self.ray_code = self.new(i32, n_rays)                    # the code that it is seen with
         self.ray = self.new(f32, 8 * n_rays)                     # origin, t_first, direction, t_last
         self.ray_step = self.new(i32, n_rays)
         self.march_span = self.new(i32, 2 * n_rays)              # first sample, number of samples: marched
@@ -559,12 +576,11 @@ def load_weights(m):
         k.load_weights(mlp.n_in, mlp.n_hidden, mlp.n_out, mlp.first, m.params, mlp.weight, mlp.weight_t, mlp.weight_out)
 
 
-def scan(m, n_rays, span, counter):
+def scan(n, block, capacity, span, block_start, counter):
     """Numbers of samples to spans."""
-    block = m.settings["block"]
-    k.sum_counts(n_rays, block, span, m.block_start)
-    k.scan_blocks(n_rays, block, m.settings["march"], m.block_start, counter)
-    k.claim_spans(n_rays, block, m.block_start, span)
+    k.sum_counts(n, block, span, block_start)
+    k.scan_blocks(n, block, capacity, block_start, counter)
+    k.claim_spans(n, block, block_start, span)
 
 
 def step_size(m, n_steps):
@@ -575,9 +591,9 @@ def step_size(m, n_steps):
 def march(m, n_rays, limit, n_steps):
     """Rays to samples: at most `limit` more per ray."""
     grid, unbounded = m.settings["grid"], m.space.unbounded
-    step = step_size(m, n_steps)
+    step, block, capacity = step_size(m, n_steps), m.settings["block"], m.settings["march"]
     k.count_samples(n_rays, limit, *step, unbounded, grid, m.ray, m.ray_step, m.pixel, m.occupancy, m.march_span)
-    scan(m, n_rays, m.march_span, m.march_counter)
+    scan(n_rays, block, capacity, m.march_span, m.block_start, m.march_counter)
     k.write_samples(n_rays, limit, *step, unbounded, grid, m.ray, m.ray_step, m.occupancy, m.march_span, m.march_sample)
     if unbounded:
         k.contract_samples(m.march_counter, m.march_sample)
@@ -593,26 +609,30 @@ def probe(m, counter):
 def forward(m, n_rays, n_steps, first_code):
     """Marched samples to pixels: density decides which of them are kept, and only those go on. first_code: where in
     `params` the codes of the views begin."""
+    capacity = m.settings["march"]
     probe(m, m.march_counter)
     k.mark_visible_samples(n_rays, MIN_LIGHT * step_size(m, n_steps)[0], m.march_span, m.march_sample, m.march_sigma,
                            m.pixel, m.keep, m.ray_span)
-    scan(m, n_rays, m.ray_span, m.counter)
+    scan(n_rays, m.settings["block"], capacity, m.ray_span, m.block_start, m.counter)
     k.keep_visible_samples(n_rays, m.march_span, m.march_sample, m.march_feature, m.keep, m.ray_span, m.sample,
                            m.feature, m.sample_ray)
+    shade(m, first_code)
+    k.composite_forward(n_rays, m.ray_span, m.sample, m.rgb_sigma, m.pixel, m.depth)
 
+
+def shade(m, first_code):
+    """The part of forward() that asks the field: from the features of samples to their density and color."""
     net, counter, capacity = m.density, m.counter, m.settings["march"]
     k.mlp_forward(net.n_in, net.n_hidden, capacity, counter, m.feature, net.weight, net.weight_out, m.density_hidden,
                   m.geometry)
     k.density_head_forward(counter, m.geometry, m.rgb_sigma)
 
     net = m.color
-    k.color_input_forward(m.n_code, first_code, counter, m.geometry, m.sample_ray, m.ray, m.ray_view, m.params,
+    k.color_input_forward(m.n_code, first_code, counter, m.geometry, m.sample_ray, m.ray, m.ray_code, m.params,
                           m.color_input)
     k.mlp_forward(net.n_in, net.n_hidden, capacity, counter, m.color_input, net.weight, net.weight_out, m.color_hidden,
                   m.color_raw)
     k.color_head_forward(counter, m.color_raw, m.rgb_sigma)
-
-    k.composite_forward(n_rays, m.ray_span, m.sample, m.rgb_sigma, m.pixel, m.depth)
 
 
 def backward(m, n_rays):
@@ -648,7 +668,7 @@ def color_backward(m, first_code):
     k.mlp_backward_input(net.n_hidden, net.n_out, capacity, counter, m.color_hidden, net.weight_t, m.grad_color_raw,
                          m.grad_color_hidden, m.grad_color_input)
     if m.n_code:
-        k.code_backward(m.n_code, first_code, -(-capacity // chunk), chunk, counter, m.sample_ray, m.ray_view,
+        k.code_backward(m.n_code, first_code, -(-capacity // chunk), chunk, counter, m.sample_ray, m.ray_code,
                         m.grad_color_input, m.grad_params)
 
 
@@ -692,7 +712,7 @@ def compare(m, n_rays, views, seed, step, first_code):
 
 def train_step(m, n_rays, views, seed, step, learning_rate):
     """One step on n_rays random pixels of `views` (a namespace made by upload_views). Nothing is read back."""
-    k.pick_pixels(n_rays, views.n, seed, step, views.size, m.ray_pixel, m.ray_view)
+    k.pick_pixels(n_rays, views.n, seed, step, views.size, m.ray_pixel, m.ray_view, m.ray_code)
     compare(m, n_rays, views, seed, step, m.first_code)
     k.mark_lit_cells(n_rays, m.settings["grid"], step, m.march_span, m.march_sample, m.march_sigma, m.keep, m.lit_step)
     backward(m, n_rays)
@@ -716,6 +736,25 @@ def upload_views(m, views):
     return types.SimpleNamespace(pixels=pixels, size=size, camera=camera, n=len(views.size), alpha=views.alpha)
 
 
+def make_model(scene, space, arch, old={}):
+    """A model for a scene, and its training views on the device; `old` has settings that it must have. It says how much
+    memory that takes: UserError where there is not so much."""
+    machine, n_photos = "cpu" if arch == "cpu" else "gpu", len(scene.train.size) if scene.capture else 0
+    settings = {**MACHINES[machine], **(UNBOUNDED[machine] if space.unbounded else {}), **old}
+    x, y, z = space.center
+    print(f"placed around ({x:.3g}, {y:.3g}, {z:.3g}): " + (
+        f"a ball of radius {space.side * k.RADIUS:.3g}, and contracted what is beyond" if space.unbounded else
+        f"a box with sides of {space.side:.3g}"))
+    plan, images = Model(settings, space, n_photos, dry=True), scene.train.pixels.nbytes / 1e6
+    buffers = plan.buffer_mb() + images              # and a checkpoint on its way to the disk
+    need = buffers + (48 * plan.n_rows + 4 * settings["grid"] ** 3) / 1e6 + HOST_MB
+    print(f"needs {need:.0f} MB of memory, {buffers:.0f} MB of them for buffers, {images:.0f} MB of these for images")
+    if arch == "cpu":
+        check_fits("this run", need, "use a larger --downscale" if 2 * images > buffers else "close other programs")
+    m = Model(settings, space, n_photos)
+    return m, upload_views(m, scene.train)
+
+
 # ---- Training and rendering -----------------------------------------------------------------------------------------
 
 def read_totals(m):
@@ -726,13 +765,15 @@ def read_totals(m):
 KEPT = ("params", "occupancy", "moment", "density_grid", "lit_step")       # buffers that outlive a step
 
 
-def train(m, views, seed, steps=None, seconds=None, report=lambda **line: None, keep=lambda state: False, resume=None):
+def train(m, views, seed, steps=None, seconds=None, report=lambda **line: None, keep=lambda state: False, resume=None,
+          read_every=None):
     """Train for a number of steps, or for so many seconds of wall clock; the learning rate's schedule spans either.
 
     views   from upload_views
-    report  called every READ_EVERY steps with progress (0..1), step, seconds, loss, psnr, samples_per_second, n_rays
+    report  called every `read_every` steps (default: READ_EVERY) with progress (0..1), step, seconds, loss, psnr, samples_per_second, n_rays
     keep    called then with the state of this loop, a dict of numbers, while the clock stands still: together with the
-            buffers in KEPT it is all that the steps to come depend on. Training ends early if it returns True
+            buffers in KEPT it is all that the steps to come depend on. Training ends early if it returns True. Other
+            buffers, save those of the views, may be used meanwhile: see glance()
     resume  (state, arrays) that were kept, to go on from there
     Returns the totals: steps, complete, train_seconds, compile_seconds, samples, rays, rays_dropped.
     The clock starts when every kernel has been launched once on nothing.
@@ -768,7 +809,7 @@ def train(m, views, seed, steps=None, seconds=None, report=lambda **line: None, 
             update_occupancy(m, n_cells, now.cell, seed, now.step)
             now.cell = (now.cell + n_cells) % grid**3
         now.progress = now.step / steps if steps is not None else (time.perf_counter() - start) / seconds
-        if now.step % READ_EVERY == 0 or now.step in (1, 2, 4, 8) or now.progress >= 1.0:
+        if now.step % (read_every or READ_EVERY) == 0 or now.step in (1, 2, 4, 8) or now.progress >= 1.0:
             totals = read_totals(m)                              # waits for the device
             dropped, marched, samples = (int(d) for d in totals - seen)
             now.samples, now.rays = now.samples + samples, now.rays + rays_since - dropped
@@ -786,36 +827,43 @@ def train(m, views, seed, steps=None, seconds=None, report=lambda **line: None, 
             # The next rays: as many as fill 95 % of the budget if they want what the last ones wanted.
             share = 0.95 * min(batch / max(samples, 1), m.settings["march"] / max(marched, 1))
             now.n_rays = int(min(max(share * (rays_since - dropped), m.settings["block"]), m.settings["rays"]))
-            seen, rays_since = totals, 0
-            paused = time.perf_counter()
+            paused, rays_since = time.perf_counter(), 0
             stop = keep(dict(vars(now)))
+            seen = read_totals(m)
             start += time.perf_counter() - paused
     pack_occupancy(m, now.step, k.END)                           # nothing is dark: new views may see it
-    if m.n_code:
-        k.mean_code(m.n_photos, m.n_code, m.first_code, m.params)
     ti.sync()
     return dict(steps=now.step, complete=now.progress >= 1.0, train_seconds=time.perf_counter() - start,
                 compile_seconds=compile_seconds, samples=now.samples, rays=now.rays, rays_dropped=now.rays_dropped)
 
 
-def render_view(m, camera, width, height, lens=0):
-    """Render one view: (rgb [height, width, 3] over white, depth [height, width] in world units, inf where empty).
-
-    camera [22] in world units, see k.generate_rays; lens 0 or 1, see k.lens_direction. The image is rendered in tiles
-    of as many rays as there are buffers for, and a tile in waves: each takes the rays that light still gets through a
-    few samples further.
-    """
-    n_steps, space = m.settings["render_steps"], m.space
-    n_pixels, tile = width * height, min(m.settings["rays"], m.settings["march"] // 8)
-    rgb, depth = np.empty((n_pixels, 3), np.float32), np.empty(n_pixels, np.float32)
-    m.view_camera.from_numpy(to_cube(camera[None], space).ravel())
+def aim(m, camera, width, height, lens=0):
+    """Make a camera the one that start_rays is for: [22] in world units, see k.generate_rays; lens 0 or 1, see
+    k.lens_direction."""
+    m.view_camera.from_numpy(to_cube(camera[None], m.space).ravel())
     m.view_size.from_numpy(np.array([0, width, height, lens], np.int32))
-    neutral = m.first_code + m.n_photos * m.n_code
+
+
+def start_rays(m, first, n_rays):
+    """Rays through the pixels of a picture, from the `first` on."""
+    step_length, _ = step_size(m, m.settings["render_steps"])
+    k.list_pixels(n_rays, first, m.ray_pixel, m.ray_view, m.ray_code)
+    k.generate_rays(n_rays, m.space.unbounded, m.space.near, step_length, 0, 0, 0, m.ray_pixel, m.ray_view, m.view_size,
+                    m.view_camera, m.ray, m.ray_step, m.pixel, m.depth)
+
+
+def render_tiles(m, camera, width, height, lens=0):
+    """Render one view, tile by tile, each of as many rays as there are buffers for: yields (first pixel, rgb [n, 3]
+    over white, depth [n] in world units, inf where empty). camera and lens: see aim().
+
+    A tile is rendered in waves: each takes the rays that light still gets through a few samples further.
+    """
+    n_steps, n_pixels, neutral = m.settings["render_steps"], width * height, m.first_code + m.n_photos * m.n_code
+    tile = min(m.settings["rays"], m.settings["march"] // 8)
+    aim(m, camera, width, height, lens)
     for first in range(0, n_pixels, tile):
         n_rays = min(tile, n_pixels - first)
-        k.list_pixels(n_rays, first, m.ray_pixel, m.ray_view)
-        k.generate_rays(n_rays, space.unbounded, space.near, step_size(m, n_steps)[0], 0, 0, 0, m.ray_pixel, m.ray_view,
-                        m.view_size, m.view_camera, m.ray, m.ray_step, m.pixel, m.depth)
+        start_rays(m, first, n_rays)
         limit = 8
         while True:
             march(m, n_rays, limit, n_steps)
@@ -825,11 +873,27 @@ def render_view(m, camera, width, height, lens=0):
             forward(m, n_rays, n_steps, neutral)
             limit = min(2 * limit, m.settings["march"] // m.settings["block"])
         pixel = m.pixel.to_numpy()[:4 * n_rays].reshape(n_rays, 4)
-        rgb[first:first + n_rays] = pixel[:, :3] + pixel[:, 3:]
         opacity = 1.0 - pixel[:, 3]
-        depth[first:first + n_rays] = np.where(opacity > 0.5, m.depth.to_numpy()[:n_rays] / np.maximum(opacity, 0.5),
-                                               np.inf) * space.side
-    return rgb.reshape(height, width, 3), depth.reshape(height, width)
+        depth = np.where(opacity > 0.5, m.depth.to_numpy()[:n_rays] / np.maximum(opacity, 0.5), np.inf)
+        yield first, pixel[:, :3] + pixel[:, 3:], depth * m.space.side
+
+
+def render_view(m, camera, width, height, lens=0):
+    """All of render_tiles: (rgb [height, width, 3], depth [height, width])."""
+    _, rgb, depth = zip(*render_tiles(m, camera, width, height, lens))
+    return np.concatenate(rgb).reshape(height, width, 3), np.concatenate(depth).reshape(height, width)
+
+
+@contextlib.contextmanager
+def glance(m):
+    """While training pauses, a model to render from, as train() leaves it in the end; without a trace in what is to
+    come."""
+    occupancy = m.occupancy.to_numpy()
+    seen = occupancy.copy()
+    seen[-m.settings["grid"] ** 3 // 32:] = 0                    # no cell is dark
+    m.occupancy.from_numpy(seen)
+    yield
+    m.occupancy.from_numpy(occupancy)
 
 
 def psnr(image, truth, counts=True):
@@ -876,13 +940,13 @@ def evaluate_fitted(m, views, n_steps=50, n_rays=512):
     """PSNR of the right half of each view when its code has been learned from its left half, everything else as it is
     (NeRF in the Wild, section 5): what is left is not exposure or white balance. The mean over the views."""
     neutral, psnrs, rng = m.first_code + m.n_photos * m.n_code, [], np.random.default_rng(0)
-    ray_pixel = np.zeros(m.settings["rays"], np.int32)
+    ray_pixel, params = np.zeros(m.settings["rays"], np.int32), m.params.to_numpy()
     for i, (_, width, height, lens) in enumerate(views.size):
         view = select_views(views, np.arange(len(views.size)) == i)
         on_device, n = upload_views(m, view), min(n_rays, m.settings["rays"])
         m.moment.fill(0.0)
         for step in range(n_steps):
-            k.list_pixels(n, 0, m.ray_pixel, m.ray_view)
+            k.list_pixels(n, 0, m.ray_pixel, m.ray_view, m.ray_code)
             ray_pixel[:n] = rng.integers(0, height, n) * width + rng.integers(0, max(width // 2, 1), n)
             m.ray_pixel.from_numpy(ray_pixel)
             compare(m, n, on_device, 0, step, neutral)
@@ -892,7 +956,7 @@ def evaluate_fitted(m, views, n_steps=50, n_rays=512):
         rgb, _ = render_view(m, views.camera[i], width, height, lens)
         rgba, right = view_image(views, i), np.arange(width)[:, None] >= width // 2
         psnrs.append(psnr(rgb, over_white(rgba), right & ((rgba[..., 3:] == 255) | (views.alpha != "mask"))))
-        k.mean_code(m.n_photos, m.n_code, m.first_code, m.params)
+        m.params.from_numpy(params)
     return float(np.mean(psnrs))
 
 
@@ -1054,14 +1118,16 @@ def to_bytes(image):
     return np.rint(np.clip(image, 0.0, 1.0) * 255.0).astype(np.uint8)
 
 
-def depth_image(depth):
+def depth_range(depth):
+    """(near, far) of most of what is seen in a depth picture."""
+    seen = depth[np.isfinite(depth)]
+    return np.percentile(seen, (1, 99)) if seen.size else (0.0, 1.0)
+
+
+def depth_image(depth, near, far):
     """Depth [height, width] as a grey picture u8: near is white, far dark grey, empty black."""
-    seen = np.isfinite(depth)
-    if not seen.any():
-        return np.zeros(depth.shape, np.uint8)
-    near, far = np.percentile(depth[seen], (1, 99))
     grey = 1.0 - 0.85 * np.clip((depth - near) / max(far - near, 1e-6), 0.0, 1.0)
-    return to_bytes(np.where(seen, grey, 0.0))
+    return to_bytes(np.where(np.isfinite(depth), grey, 0.0))
 
 
 def nearest_to_axes(cameras):
@@ -1074,6 +1140,34 @@ def nearest_to_axes(cameras):
                            + 1e-6 * (origin.mean(0) + forward.mean(0)))
 
 
+def look_at(at, target, up):
+    """Camera-to-world matrix, [12] row by row, of a camera at a point that looks at another."""
+    back = (at - target) / np.linalg.norm(at - target)
+    right = np.cross(up, back)
+    right /= np.linalg.norm(right)
+    return np.stack([right, np.cross(back, right), back, at], 1).ravel()
+
+
+def camera_frame(cameras):
+    """(origins [n, 3], target, right, up, forward) of cameras [n, 22]: the point they look at, see nearest_to_axes, and
+    orthonormal axes of their mean orientation; forward [3] is a mean, and short where they look every way."""
+    pose = cameras[:, :12].reshape(-1, 3, 4).astype(np.float64)
+    up, forward = pose[:, :, 1].mean(0), -pose[:, :, 2].mean(0)
+    up /= np.linalg.norm(up)
+    right = np.cross(forward, up)
+    if np.linalg.norm(right) < 1e-6:
+        right = np.cross([1.0, 0.0, 0.0] if abs(up[0]) < 0.9 else [0.0, 1.0, 0.0], up)
+    return pose[:, :, 3], nearest_to_axes(cameras), right / np.linalg.norm(right), up, forward
+
+
+def camera_path(cameras, places, target, up):
+    """Cameras [n, 22] like the first of `cameras`, but at places [n, 3], without distortion, looking at the target."""
+    path = np.repeat(cameras[:1], len(places), 0)
+    path[:, 16:] = 0.0
+    path[:, :12] = [look_at(at, target, up) for at in places]
+    return path
+
+
 def orbit_cameras(cameras, n_frames):
     """A closed path [n_frames, 22] fitted to the training cameras [n, 22], in world units; without distortion.
 
@@ -1082,17 +1176,9 @@ def orbit_cameras(cameras, n_frames):
     are spread, in the plane in which they lie. Every frame looks at the point that is nearest to all their optical
     axes.
     """
-    pose = cameras[:, :12].reshape(-1, 3, 4).astype(np.float64)
-    origin, forward, up = pose[:, :, 3], -pose[:, :, 2], pose[:, :, 1].mean(0)
-    target = nearest_to_axes(cameras)
-    up /= np.linalg.norm(up)
-    right = np.cross(forward.mean(0), up)
-    if np.linalg.norm(right) < 1e-6:
-        right = np.cross([1.0, 0.0, 0.0] if abs(up[0]) < 0.9 else [0.0, 1.0, 0.0], up)
-    right /= np.linalg.norm(right)
+    origin, target, right, up, forward = camera_frame(cameras)
     turn = np.linspace(0.0, 2.0 * np.pi, n_frames, endpoint=False)[:, None]
-    facing = np.linalg.norm(forward.mean(0)) > 0.8               # 1: all look the same way; 0: from all around
-    if facing:
+    if np.linalg.norm(forward) > 0.8:                # 1: all look the same way; 0: from all around
         spread = np.sqrt(2.0) * (origin - origin.mean(0)).std(0)
         place = origin.mean(0) + np.cos(turn) * right * abs(spread @ right) + np.sin(turn) * up * abs(spread @ up)
     else:
@@ -1104,15 +1190,41 @@ def orbit_cameras(cameras, n_frames):
         if gap.max() > 0.5 * np.pi:
             turn = angle[gap.argmax()] + 0.5 * gap.max() + np.pi + (np.pi - 0.5 * gap.max()) * np.sin(turn)
         place = target + height * up + radius * (np.cos(turn) * right + np.sin(turn) * other)
+    return camera_path(cameras, place, target, up)
 
-    path = np.repeat(cameras[:1], n_frames, 0)
-    path[:, 16:] = 0.0
-    for at, camera in zip(place, path):
-        back = (at - target) / np.linalg.norm(at - target)
-        side = np.cross(up, back)
-        side /= np.linalg.norm(side)
-        camera[:12] = np.stack([side, np.cross(back, side), back, at], 1).ravel()
-    return path
+
+def spiral_cameras(cameras, n_frames):
+    """A closed path [n_frames, 22] for cameras that face their subject, as Mildenhall et al. 2019 ("Local Light Field
+    Fusion") show it: twice around their mean place and once towards the subject and back, as far as they are spread,
+    looking at what they look at."""
+    origin, target, right, up, forward = camera_frame(cameras)
+    turn = np.linspace(0.0, 4.0 * np.pi, n_frames, endpoint=False)[:, None]
+    axes = np.stack([right, up, np.cross(up, right)])            # the last one away from the subject, as near as not
+    spread = np.percentile(abs((origin - origin.mean(0)) @ axes.T), 90, axis=0)
+    moves = np.concatenate([np.cos(turn), np.sin(turn), np.sin(0.5 * turn)], 1)
+    return camera_path(cameras, origin.mean(0) + (moves * spread) @ axes, target, up)
+
+
+def read_path(path, size):
+    """Cameras [n, 22] and sizes [(width, height, lens)] of a file of camera poses: what transforms.json has, or the
+    camera path that nerfstudio's viewer saves. size: for frames that name none. UserError."""
+    meta = read_json(path)
+    try:
+        if "camera_path" in meta:                    # vertical angles in degrees
+            size = meta.get("render_width", size[0]), meta.get("render_height", size[1])
+            meta = dict(frames=[dict(transform_matrix=np.reshape(frame["camera_to_world"], (4, 4)), w=size[0],
+                                     h=size[1], camera_angle_y=math.radians(frame["fov"]))
+                                for frame in meta["camera_path"]])
+        frames = [parse_frame({"file_path": str(i), **meta}, frame) for i, frame in enumerate(meta["frames"])]
+        sizes = [(round(f.w or size[0]), round(f.h or size[1]), int(f.fisheye)) for f in frames]
+        cameras = np.array([frame_camera(f, *size[:2]) for f, size in zip(frames, sizes)], np.float32)
+        if not frames or not all(is_pose(frame.pose) for frame in frames):
+            raise ValueError("there are no frames, or a pose is not finite, or no rotation")
+        if not 1 <= np.min(sizes, 0)[:2].min() <= np.max(sizes) <= 2**15:
+            raise ValueError("images have 1 to 32768 pixels a side")
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise UserError(f"{path} is not usable: {one_line(error)}", "see 'render' in README.md for what it may hold")
+    return cameras, sizes
 
 
 def resize_camera(camera, old_size, new_size):
@@ -1121,6 +1233,51 @@ def resize_camera(camera, old_size, new_size):
     camera[12:16] *= scale
     camera[15] += 0.5 * (new_size[1] - scale * old_size[1])
     return camera
+
+
+def nice_ticks(low, high):
+    """About five round numbers from low to high: multiples of 1, 2 or 5 times a power of ten."""
+    rough = (high - low) / 5
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough)
+    return np.arange(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1) * step
+
+
+def draw_history(path, log_path):
+    """A picture of log.csv: PSNR of the training rays and their loss against time, each row and a running mean."""
+    with open(log_path, newline="", encoding="utf-8") as file:
+        rows = np.array([row[1:4] for row in csv.reader(file)][1:], np.float64).reshape(-1, 3)
+    seconds, loss, noise = rows[:, 0], np.log10(np.maximum(rows[:, 1], 1e-10)), rows[:, 2]
+    image = PIL.Image.new("RGB", (960, 480), "white")
+    draw, font = PIL.ImageDraw.Draw(image), PIL.ImageFont.load_default()
+    with contextlib.suppress(TypeError):             # Pillow 10.1 has it in any size
+        font = PIL.ImageFont.load_default(16)
+    panels = (70, "PSNR of training rays, dB", noise, "{:g}"), (550, "loss, log10", loss, "{:g}")
+    for left, title, value, form in panels:
+        right, top, bottom = left + 380, 50, 420
+        middle = np.convolve(np.pad(value, 8, "edge"), np.ones(17) / 17, "valid")
+        low, high = np.percentile(value, (2, 100)) if len(value) else (0.0, 1.0)
+        high, end = max(high, low + 0.1), max(seconds[-1] if len(seconds) else 1.0, 0.1)
+
+        def at(t, y):
+            share = np.clip((y - low) / (high - low), 0.0, 1.0)
+            return left + (right - left) * t / end, bottom - (bottom - top) * share
+
+        for tick in nice_ticks(0.0, end):
+            x, _ = at(tick, low)
+            draw.line([x, top, x, bottom + 5], "gainsboro")
+            draw.text((x, bottom + 8), f"{tick:g}", "black", font, "ma")
+        for tick in nice_ticks(low, high):
+            _, y = at(0.0, tick)
+            draw.line([left - 5, y, right, y], "gainsboro")
+            draw.text((left - 8, y), form.format(round(tick, 6)), "black", font, "rm")
+        draw.line([left, top, left, bottom, right, bottom], "black")
+        draw.text((left, top - 26), title, "black", font)
+        draw.text(((left + right) / 2, bottom + 30), "seconds of training", "black", font, "ma")
+        for values, color, width in ((value, "lightskyblue", 1), (middle, "navy", 3)):
+            draw.line([coordinate for point in zip(*at(seconds, values)) for coordinate in point], color, width)
+    with replacing(path) as file:
+        image.save(file, "PNG")
 
 
 def write_frames(path, frames, n_frames):
@@ -1284,24 +1441,12 @@ def command_train(args):
             raise UserError(f"{args.scene} is not what {out} is trained on: it has other views or sizes",
                             "where has that folder moved? train SCENE --resume RUN takes it from there")
         space = types.SimpleNamespace(**old["space"])
-    x, y, z = space.center
-    print(f"placed around ({x:.3g}, {y:.3g}, {z:.3g}): " + (
-        f"a ball of radius {space.side * k.RADIUS:.3g}, and contracted what is beyond" if space.unbounded else
-        f"a box with sides of {space.side:.3g}"))
     arch, device = start_taichi(args.arch)
-    machine = "cpu" if arch == "cpu" else "gpu"
-    settings = {**MACHINES[machine], **(UNBOUNDED[machine] if space.unbounded else {}), **old.get("settings", {})}
     print(f"tinynerf {VERSION} on {arch} ({device}), Taichi {'.'.join(map(str, ti.__version__))}")
+    m, views = make_model(scene, space, arch, old.get("settings", {}))
+    settings = m.settings
     target, unit = (old["target"], old["unit"]) if old else next(
         (source[unit], unit) for source in (vars(args), settings) for unit in ("steps", "seconds") if source.get(unit))
-    plan, images = Model(settings, space, n_photos, dry=True), scene.train.pixels.nbytes / 1e6
-    buffers = plan.buffer_mb() + images              # and a checkpoint on its way to the disk
-    need = buffers + (48 * plan.n_rows + 4 * settings["grid"] ** 3) / 1e6 + HOST_MB
-    print(f"needs {need:.0f} MB of memory, {buffers:.0f} MB of them for buffers, {images:.0f} MB of these for images")
-    if arch == "cpu":
-        check_fits("this run", need, "use a larger --downscale" if 2 * images > buffers else "close other programs")
-    m = Model(settings, space, n_photos)
-    views = upload_views(m, scene.train)
     info = dict(version=VERSION, scene=os.path.abspath(args.scene), downscale=args.downscale, n_levels=m.n_levels,
                 n_photos=m.n_photos, space=vars(space), width=int(width), height=int(height), split=scene.split,
                 settings={name: settings[name] for name in STORED})
@@ -1322,6 +1467,7 @@ def command_train(args):
         log_file.writelines(["step,seconds,loss,psnr\r\n"] + rows)
         log = csv.writer(log_file)
         task, printed, saved = bar.add_task("train", total=1.0, note=""), [0.0], [time.monotonic()]
+        watched = [0.0]
 
         def report(progress, step, seconds, loss, psnr, samples_per_second, n_rays):
             log.writerow([step, f"{seconds:.3f}", f"{loss:.6g}", f"{psnr:.3f}"])
@@ -1343,6 +1489,15 @@ def command_train(args):
                 save_arrays(os.path.join(out, "checkpoint.npz"), dict(
                     info, seed=args.seed, views=checksum, target=target, unit=unit, arch=arch, state=state), **kept)
                 saved[0] = time.monotonic()
+            if args.watch and time.monotonic() > watched[0] + WATCH_SECONDS:
+                _, width, height, lens = scene.test.size[0]
+                small = max(1, round(width / 200))
+                with glance(m):
+                    rgb, _ = render_view(m, resize_camera(scene.test.camera[0], (width, height), (
+                        width // small, height // small)), width // small, height // small, lens)
+                with replacing(os.path.join(out, "live.png")) as file:
+                    PIL.Image.fromarray(to_bytes(rgb)).save(file, "PNG")
+                watched[0] = time.monotonic()
             return bool(interrupted)
 
         signal.signal(signal.SIGINT, interrupt)
@@ -1356,6 +1511,7 @@ def command_train(args):
     cameras = dict(train=scene.train.camera, test=scene.test.camera, test_size=scene.test.size)
     save_model(os.path.join(out, "model.npz"), m, info, cameras)
 
+    draw_history(os.path.join(out, "history.png"), log_path)
     buffer_mb = m.buffer_mb()
     metrics = measure(m, scene.test, out)
     metrics.update(buffer_mb=buffer_mb, split=scene.split, steps=total["steps"], train_seconds=total["train_seconds"],
@@ -1396,7 +1552,7 @@ def measure(m, views, out=None):
                 if i in shown and tuple(views.size[i, 1:3]) == tuple(views.size[0, 1:3]):
                     rows.append(np.concatenate([truth, np.clip(rgb, 0, 1), np.abs(np.clip(rgb, 0, 1) - truth)], 1))
                 if i == 0:
-                    imageio.imwrite(os.path.join(out, "depth.png"), depth_image(depth))
+                    imageio.imwrite(os.path.join(out, "depth.png"), depth_image(depth, *depth_range(depth)))
             bar.update(task, advance=1)
 
         if out is not None:
@@ -1413,20 +1569,31 @@ def measure(m, views, out=None):
 
 def command_render(args):
     """tinynerf.py render: a video, or PNGs, from a run folder."""
+    if args.path not in ("orbit", "spiral", "test") and not os.path.isfile(args.path):
+        raise UserError(f"--path {args.path}: there is no such file", "give orbit, spiral, test, or a file of poses")
     arch, device = start_taichi(args.arch)
     m, info, cameras = load_model(args.run, "cpu" if arch == "cpu" else "gpu")
-    out = args.out or os.path.join(args.run, "render.mp4" if args.path == "orbit" else "render_test")
-    size = args.size or (info["width"], info["height"])
-    if args.path == "test":
-        path, sizes = cameras["test"][:args.frames], cameras["test_size"][:, 1:].tolist()
-        own_size = not args.size and not os.path.splitext(out)[1]            # frames of a video are of one size
+    own = info["width"], info["height"]
+    if args.path in ("orbit", "spiral"):
+        fit = orbit_cameras if args.path == "orbit" else spiral_cameras
+        path, name = fit(cameras["train"], args.frames or 96), f"{args.path}.mp4"
+        sizes = [(*own, 0)] * len(path)
+    elif args.path == "test":
+        path, sizes, name = cameras["test"], cameras["test_size"][:, 1:].tolist(), "test"
     else:
-        path, own_size = orbit_cameras(cameras["train"], args.frames or 96), False
-        sizes = [(info["width"], info["height"], 0)] * len(path)
+        path, sizes = read_path(args.path, own)
+        name = os.path.splitext(os.path.basename(args.path))[0] + ".mp4"
+    path, sizes = path[:args.frames], sizes[:args.frames]
+    out = args.out or os.path.join(args.run, ("depth_" if args.depth else "render_") + name)
+    size = args.size or (sizes[0][:2] if os.path.splitext(out)[1] else None)             # frames of a video are alike
+    span = []
 
     def render(camera, width, height, lens):
-        new_size = (width, height) if own_size else size
-        return to_bytes(render_view(m, resize_camera(camera, (width, height), new_size), *new_size, lens)[0])
+        new_size = size or (width, height)
+        rgb, depth = render_view(m, resize_camera(camera, (width, height), new_size), *new_size, lens)
+        if args.depth:                               # one range for all frames: a video must not flicker
+            span[:] = span or depth_range(depth)
+        return depth_image(depth, *span) if args.depth else to_bytes(rgb)
 
     frames = (render(camera, *old) for camera, old in zip(path, sizes))
     start = time.perf_counter()
@@ -1445,6 +1612,256 @@ def command_eval(args):
     print(f"{metrics['psnr']:.2f} dB, SSIM {metrics['ssim']:.4f} on {metrics['n_views']} views ({scene.split}, white "
           f"background, {width}x{height}), {metrics['render_seconds_per_view']:.2f} s a view "
           f"on {arch} ({device})")
+
+
+def extract_mesh(m, resolution):
+    """The surface on which half of the light would be gone after MESH_LENGTH: (vertices [n, 3] f32 in world units, rgb
+    [n, 3] u8, as seen from straight above the surface, triangles [t, 3] i32, counterclockwise from outside). Of an
+    unbounded scene it is what lies in the cube around the ball that is not bent."""
+    n_side, batch, space = resolution + 1, min(m.settings["march"], m.settings["rays"]), m.space
+    low, size = (0.5 - k.RADIUS, 2.0 * k.RADIUS) if space.unbounded else (0.0, 1.0)
+    n_points, block, start = n_side**3, 1024, m.new(ti.i32, -(-n_side**3 // 1024))
+    opacity, counter = m.new(ti.f32, n_points), m.new(ti.i32, 4)
+    vertex_span, triangle_span = m.new(ti.i32, 2 * n_points), m.new(ti.i32, 2 * n_points)
+    for first in range(0, n_points, batch):
+        n = min(batch, n_points - first)
+        k.place_lattice_samples(n, first, n_side, low, size, m.march_sample, m.march_counter)
+        if space.unbounded:
+            k.contract_samples(m.march_counter, m.march_sample)
+        probe(m, m.march_counter)
+        k.lattice_opacity(n, first, n_side, MESH_LENGTH * size, m.settings["grid"], m.march_sample, m.march_sigma,
+                          m.occupancy, opacity)
+    k.count_mesh(n_side, opacity, vertex_span, triangle_span)
+    scan(n_points, block, 2**28, vertex_span, start, counter)
+    n_vertices = int(counter.to_numpy()[0])
+    scan(n_points, block, 2**28, triangle_span, start, counter)
+    n_triangles = int(counter.to_numpy()[0])
+    vertex, triangle = m.new(ti.f32, max(8 * n_vertices, 1)), m.new(ti.i32, max(3 * n_triangles, 1))
+    k.write_vertices(n_side, low, size, opacity, vertex_span, vertex)
+    k.write_triangles(n_side, opacity, vertex_span, triangle_span, triangle)
+
+    rgb = np.empty((n_vertices, 3), np.uint8)
+    for first in range(0, n_vertices, batch):
+        n = min(batch, n_vertices - first)
+        k.load_vertices(n, first, vertex, m.sample, m.ray, m.sample_ray, m.ray_code, m.counter)
+        if space.unbounded:
+            k.contract_samples(m.counter, m.sample)
+        k.hash_encode_forward(m.n_levels, m.counter, m.level, m.sample, m.params, m.feature)
+        shade(m, m.first_code + m.n_photos * m.n_code)
+        rgb[first:first + n] = to_bytes(m.rgb_sigma.to_numpy()[:4 * n].reshape(n, 4)[:, :3])
+    place = vertex.to_numpy()[:8 * n_vertices].reshape(-1, 8)[:, :3]
+    return ((place - 0.5) * space.side + np.float32(space.center), rgb,
+            triangle.to_numpy()[:3 * n_triangles].reshape(-1, 3))
+
+
+def command_mesh(args):
+    """tinynerf.py mesh: the model's surface as a triangle mesh with colors, a binary PLY file in the scene's units."""
+    arch, device = start_taichi(args.arch)
+    m, _, _ = load_model(args.run, "cpu" if arch == "cpu" else "gpu")
+    out, start = args.out or os.path.join(args.run, "mesh.ply"), time.perf_counter()
+    if not out.lower().endswith(".ply"):
+        raise UserError(f"cannot write a mesh as {out}", "end the name in .ply")
+    check_fits("the mesh", 30 * (args.resolution + 1) ** 3 / 1e6, "use a smaller --resolution")
+    place, rgb, triangles = extract_mesh(m, args.resolution)
+    if not len(triangles):
+        raise UserError(f"{args.run} has no surface: all of it is thin", "train it for longer")
+    vertices = np.empty(len(place), [("place", "<f4", 3), ("rgb", "u1", 3)])
+    vertices["place"], vertices["rgb"] = place, rgb
+    faces = np.empty(len(triangles), [("n", "u1"), ("vertices", "<i4", 3)])
+    faces["n"], faces["vertices"] = 3, triangles
+    lines = ["ply", "format binary_little_endian 1.0", f"element vertex {len(vertices)}",
+             *(f"property float {c}" for c in "xyz"), *(f"property uchar {c}" for c in ("red", "green", "blue")),
+             f"element face {len(faces)}", "property list uchar int vertex_indices", "end_header"]
+    with replacing(out) as file:
+        file.write("".join(line + "\n" for line in lines).encode() + vertices.tobytes() + faces.tobytes())
+    print(f"{len(vertices)} vertices and {len(faces)} triangles in {out}, "
+          f"{time.perf_counter() - start:.1f} s on {arch} ({device})")
+
+
+KEYS = ("drag: turn", "right drag, arrow keys: shift", "wheel, + and -: nearer, further", "c, d, o: color, depth, "
+        "occupied cells", "r: back to the start", "s: save the picture", "h: this help", "escape: quit")
+
+
+def count_tiles(m, camera, width, height):
+    """As render_tiles, but the brighter, the more samples in occupied cells there are along a ray; depth is None."""
+    step, grid = step_size(m, m.settings["render_steps"]), m.settings["grid"]
+    aim(m, camera, width, height)
+    for first in range(0, width * height, m.settings["rays"]):
+        n_rays = min(m.settings["rays"], width * height - first)
+        start_rays(m, first, n_rays)
+        k.count_samples(n_rays, k.END, *step, m.space.unbounded, grid, m.ray, m.ray_step, m.pixel, m.occupancy,
+                        m.march_span)
+        count = m.march_span.to_numpy()[1:2 * n_rays:2]
+        yield first, np.repeat(1.0 - np.exp(-count[:, None] / 50.0), 3, 1), None
+
+
+class Window:
+    """What `view` shows. The camera turns around a target. While it moves, pictures are as coarse as it takes to be
+    quick; when it rests they get finer, up to one ray per pixel, unless something happens meanwhile."""
+
+    def __init__(self, m, cameras, size, own_size, folder):
+        """cameras: [n, 22], those of training; own_size: (width, height) of their images; folder: of saved pictures."""
+        if sys.platform == "linux" and not os.environ.get("DISPLAY"):
+            raise UserError("there is no display here", "'render' makes a video; over SSH, ssh -X brings a display")
+        try:
+            self.gui = ti.GUI("tinynerf", size)
+        except RuntimeError as error:
+            raise UserError(f"no window can be opened: {one_line(error)}", "'render' makes a video instead")
+        self.m, self.size, self.folder = m, size, folder
+        self.camera = resize_camera(orbit_cameras(cameras, 1)[0], own_size, size)
+        _, target, _, self.up, _ = camera_frame(cameras)
+        self.at, self.target = self.start = self.camera[3:12:4].astype(np.float64), target
+        self.mode, self.help, self.note, self.cursor = "c", True, "", None       # cursor: where the mouse drags
+        self.image = np.ones((size[1], size[0], 3), np.float32)
+        self.scale, self.speed = 0, 1e-6             # pixels a ray, 0 if there is no picture yet; seconds per ray
+        self.seconds = {"moving": [], "still": []}   # that pictures took
+
+    def poll(self):
+        """Show what there is, and do what mouse and keys ask for; whether that asks for another picture."""
+        image, lines, (width, height) = self.image, KEYS if self.help else (), self.size
+        if self.help:
+            image = image.copy()
+            image[-22 * len(lines) - 16:, :330] *= 0.25
+        self.gui.set_image(np.swapaxes(image[::-1], 0, 1))
+        for i, line in enumerate(reversed(lines)):
+            self.gui.text(line, (10 / width, (22 * i + 28) / height), 18, 0xffffff)
+        self.gui.text(self.note, (10 / width, 1.0 - 6 / height), 18, 0x808080)
+        self.gui.show()
+        if any([self.handle(event) for event in self.gui.get_events()]):
+            self.scale = 0
+        return self.scale == 0
+
+    def handle(self, event):
+        """Do what an event asks for; whether that asks for another picture."""
+        gui, key, (x, y) = self.gui, event.key, event.pos
+        away = self.at - self.target
+        right, up = look_at(self.at, self.target, self.up).reshape(3, 4)[:, :2].T
+        shift, zoom, changed = 0.0, 1.0, False
+        if key in (gui.LMB, gui.RMB):
+            self.cursor = (key, x, y) if event.type == gui.PRESS else None
+        elif key == gui.MOVE and self.cursor:
+            button, old_x, old_y = self.cursor
+            self.cursor = button, x, y
+            if button == gui.RMB:                    # what is at the target stays under the mouse
+                width = np.linalg.norm(away) * self.size[0] / self.camera[12]
+                shift = -width * ((x - old_x) * right + (y - old_y) * self.size[1] / self.size[0] * up)
+            else:
+                self.turn(2.0 * np.pi * (old_x - x), np.pi * (old_y - y))
+                changed = True
+        elif key == gui.WHEEL:
+            zoom = 0.9 ** float(np.sign(event.delta[1]))
+        elif event.type == gui.PRESS:
+            steps = {gui.LEFT: -right, gui.RIGHT: right, gui.DOWN: -up, gui.UP: up}
+            shift = 0.05 * np.linalg.norm(away) * steps.get(key, 0.0)
+            zoom = {"+": 0.9, "=": 0.9, "-": 1.0 / 0.9}.get(key, 1.0)
+            if key in (gui.ESCAPE, gui.EXIT):
+                gui.running = False
+            elif key in ("c", "d", "o"):
+                self.mode, changed = key, True
+            elif key == "r":
+                (self.at, self.target), changed = self.start, True
+            elif key == "h":
+                self.help = not self.help
+            elif key == "s":
+                self.save()
+        if zoom != 1.0 or np.any(shift):
+            self.target, changed = self.target + shift, True
+            self.at = self.target + zoom * away
+        return changed
+
+    def turn(self, around, over):
+        """Turn the camera around the target: by angles around the upright axis, and over it, short of the poles."""
+        away = self.at - self.target
+        height = away @ self.up
+        flat = away - height * self.up
+        length, radius = np.linalg.norm(away), np.linalg.norm(flat)
+        flat = (np.cos(around) * flat + np.sin(around) * np.cross(self.up, flat)) / radius
+        angle = np.clip(np.arctan2(height, radius) + over, -1.5, 1.5)
+        self.at = self.target + length * (np.cos(angle) * flat + np.sin(angle) * self.up)
+
+    def save(self):
+        """The picture as a file with the next free name."""
+        number = 0
+        while os.path.exists(path := os.path.join(self.folder, f"view_{number:03d}.png")):
+            number += 1
+        imageio.imwrite(path, to_bytes(self.image))
+        self.note = f"saved {path}"
+
+    def draw(self):
+        """The next picture: a coarse one if there is none yet, else one that is twice as fine, unless events want
+        another one meanwhile."""
+        width, height = self.size
+        coarse = 1
+        while width * height / coarse**2 * self.speed > 0.05 and coarse < 32:
+            coarse *= 2
+        scale, moving = self.scale // 2 or coarse, self.scale == 0
+        small = -(-width // scale), -(-height // scale)
+        self.camera[:12] = look_at(self.at, self.target, self.up)
+        camera, start = resize_camera(self.camera, self.size, small), time.perf_counter()
+        rgb, depth = [], []
+        for _, tile, tile_depth in (count_tiles if self.mode == "o" else render_tiles)(self.m, camera, *small):
+            rgb.append(tile)
+            depth.append(tile_depth)
+            if not moving and self.poll():
+                return
+        image = np.concatenate(rgb)
+        if self.mode == "d":
+            depth = np.concatenate(depth)
+            image = np.repeat(depth_image(depth, *depth_range(depth))[:, None] / np.float32(255), 3, 1)
+        image = image.reshape(small[1], small[0], 3)
+        self.image = image.repeat(scale, 0).repeat(scale, 1)[:height, :width].astype(np.float32)
+        seconds = time.perf_counter() - start
+        self.seconds["moving" if moving else "still"].append(seconds)
+        self.scale = scale
+        if moving:
+            self.speed = 0.5 * (self.speed + seconds / (small[0] * small[1]))
+
+    def run(self):
+        """Until the window is closed; then say how quick it was."""
+        while self.gui.running:
+            if self.poll() or self.scale > 1:
+                self.draw()
+        self.gui.close()
+        for when, seconds in self.seconds.items():
+            if seconds:
+                print(f"{len(seconds)} pictures while {when}: median {1e3 * np.median(seconds):.0f} ms, slowest "
+                      f"{1e3 * max(seconds):.0f} ms")
+
+
+def command_view(args):
+    """tinynerf.py view: a window onto a run's model, or onto a scene that it trains on meanwhile."""
+    if os.path.exists(os.path.join(args.what, "model.npz")):
+        arch, _ = start_taichi(args.arch)
+        m, info, cameras = load_model(args.what, "cpu" if arch == "cpu" else "gpu")
+        own, training = (info["width"], info["height"]), False
+        cameras, folder = cameras["train"], args.what
+    else:
+        scene = load_scene(args.what, args.downscale)
+        arch, _ = start_taichi(args.arch)
+        m, views = make_model(scene, place_scene(scene), arch)
+        own, cameras, folder, training = scene.train.size[0, 1:3].tolist(), scene.train.camera, ".", True
+    window = Window(m, cameras, args.size or (800, max(round(800 * own[1] / own[0]), 1)), own, folder)
+    if training:
+        drawn = [0.0]
+
+        def report(step, psnr, seconds, **_):
+            window.note = f"step {step}  {psnr:.1f} dB  {seconds:.0f} s"
+
+        def look(state):
+            """Between two steps: a picture at once where the user moves, otherwise now and then."""
+            if window.poll() or time.monotonic() > drawn[0] + 1.0:
+                window.scale = 0
+                with glance(m):
+                    window.draw()
+                drawn[0] = time.monotonic()
+            return not window.gui.running
+
+        window.note = "compiling"
+        window.poll()
+        length = next({unit: m.settings[unit]} for unit in ("steps", "seconds") if m.settings.get(unit))
+        train(m, views, 0, **length, report=report, keep=look, read_every=1)
+        window.scale = 0
+    window.run()
 
 
 def median_seconds(function, repeats=15):
@@ -1508,10 +1925,8 @@ def command_bench(args):
     """tinynerf.py bench: train for a while, then time every kernel of a step against what the machine can do."""
     scene = load_scene(args.scene, args.downscale)
     arch, device = start_taichi(args.arch)
-    machine, space = "cpu" if arch == "cpu" else "gpu", place_scene(scene)
-    settings = {**MACHINES[machine], **(UNBOUNDED[machine] if space.unbounded else {})}
-    m = Model(settings, space, len(scene.train.size) if scene.capture else 0)
-    on_device, line, refresh = upload_views(m, scene.train), {}, settings["refresh"]
+    m, on_device = make_model(scene, place_scene(scene), arch)
+    line, settings, refresh = {}, m.settings, m.settings["refresh"]
     train(m, on_device, 0, steps=args.steps, report=lambda **now: line.update(now))
     pack_occupancy(m, line["step"], DARK_AFTER)      # as it is while training goes on
     rays = line["n_rays"]
@@ -1594,8 +2009,13 @@ def parse_args(argv):
             raise argparse.ArgumentTypeError(f"{text} is not a size like 800x600")
         return int(match[1]), int(match[2])
 
+    def resolution(text):
+        if not 8 <= int(text) <= 1024:
+            raise argparse.ArgumentTypeError(f"{text} is not between 8 and 1024")
+        return int(text)
+
     parser = Parser(prog="tinynerf.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="train | render | eval | bench")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     parser_train = commands.add_parser("train", help="train on a scene and leave a run folder")
     parser_train.add_argument("scene", nargs="?", help="folder with transforms_train.json and images")
     parser_train.add_argument("--resume", metavar="RUN", help="go on with a run that was interrupted or killed")
@@ -1607,20 +2027,30 @@ def parse_args(argv):
     parser_train.add_argument("--seed", type=seed, help="of every random number")
     parser_train.add_argument("--overwrite", action="store_true", default=None,
                               help="replace the run folder --out if it exists")
+    parser_train.add_argument("--watch", action="store_true", help="leave a picture, live.png, every few seconds")
     parser_render = commands.add_parser("render", help="render a trained model")
     parser_render.add_argument("run", help="run folder")
-    parser_render.add_argument("--path", choices=("orbit", "test"), default="orbit", help="which cameras")
-    parser_render.add_argument("--frames", type=positive(int), help="how many (default: 96, or all test views)")
+    parser_render.add_argument("--path", default="orbit", help="cameras: orbit, spiral, test, or a file of poses")
+    parser_render.add_argument("--frames", type=positive(int), help="how many (default: 96, or all there are)")
+    parser_render.add_argument("--depth", action="store_true", help="distances instead of colors: near is white")
     parser_render.add_argument("--size", type=size, metavar="WxH", help="image size (default: the training images')")
     parser_render.add_argument("--out", help=".mp4, .gif or a folder for PNGs (default: in the run folder)")
     parser_eval = commands.add_parser("eval", help="measure a trained model on its held-out views")
     parser_eval.add_argument("run", help="run folder")
     parser_eval.add_argument("--scene", help="folder of the scene, if it has moved")
+    parser_view = commands.add_parser("view", help="look at a trained model, or at one that trains meanwhile")
+    parser_view.add_argument("what", metavar="RUN|SCENE", help="run folder, or folder of a scene")
+    parser_view.add_argument("--size", type=size, metavar="WxH", help="of the window (default: 800 wide)")
+    parser_view.add_argument("--downscale", type=positive(int), default=1, metavar="K", help="average KxK pixels")
+    parser_mesh = commands.add_parser("mesh", help="write a trained model's surface as a triangle mesh")
+    parser_mesh.add_argument("run", help="run folder")
+    parser_mesh.add_argument("-o", "--out", help=".ply (default: mesh.ply in the run folder)")
+    parser_mesh.add_argument("--resolution", type=resolution, default=256, metavar="N", help="cubes per side (256)")
     parser_bench = commands.add_parser("bench", help="time every kernel against what the machine can do")
     parser_bench.add_argument("scene", nargs="?", default="data/lego", help="folder of a scene (default: data/lego)")
     parser_bench.add_argument("--steps", type=positive(int), default=600, help="train for so many steps first")
     parser_bench.add_argument("--downscale", type=positive(int), default=1, metavar="K", help="average KxK pixels")
-    for command in (parser_train, parser_render, parser_eval, parser_bench):
+    for command in commands.choices.values():
         command.add_argument("--arch", choices=("auto", "cpu", "cuda", "vulkan", "metal"))
     args = parser.parse_args(argv)
     if args.command == "train":
@@ -1639,7 +2069,8 @@ def main(argv=None):
     """Run a command; returns the exit code: 0, or 2 for a mistake of the user."""
     try:
         args = parse_args(argv)
-        commands = {"train": command_train, "render": command_render, "eval": command_eval, "bench": command_bench}
+        commands = {"train": command_train, "render": command_render, "eval": command_eval, "view": command_view,
+                    "mesh": command_mesh, "bench": command_bench}
         commands[args.command](args)
     except UserError as error:
         print(f"tinynerf: {error}\n          {error.hint}", file=sys.stderr)
