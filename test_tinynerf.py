@@ -1401,6 +1401,19 @@ def test_extract_mesh(rng, monkeypatch, space):
     assert all(np.array_equal(a, b) for a, b in zip(again, (place, rgb, triangle)))
 
 
+def test_drop_specks(rng):
+    """A large part of the mesh is lost, a small one stays, or what is left is mixed up."""
+    n, length = 500, (40, 1, 399, 3, 57)             # chains of triangles, their vertices scattered
+    order, start = rng.permutation(n + 2 * len(length)), np.cumsum([0] + [t + 2 for t in length])
+    chains = [order[first + np.arange(t)[:, None] + np.arange(3)] for first, t in zip(start, length)]
+    place, rgb = uniform(rng, len(order), 3), rng.integers(0, 256, (len(order), 3))
+    triangles = rng.permutation(np.concatenate(chains))
+    got_place, got_rgb, got = tinynerf.drop_specks(place, rgb, triangles)
+    want = triangles[~np.isin(triangles[:, 0], np.concatenate([chains[1], chains[3]]))]
+    assert np.array_equal(got_place[got], place[want]) and np.array_equal(got_rgb[got], rgb[want])
+    assert len(got_place) == 42 + 401 + 59
+
+
 # ---- The whole pipeline ---------------------------------------------------------------------------------------------
 
 def field_model(layout, table, W, x, direction, code=0):
@@ -2327,7 +2340,7 @@ def test_window(rng, monkeypatch, tmp_path, capsys):
                         for t in range(6)], np.float32)
     window = tinynerf.Window(m, cameras, (64, 48), (32, 24), str(tmp_path))
     event, away = Gui.event, window.at - window.target
-    window.speed = 1.0                               # so slow that moving pictures are as coarse as can be
+    window.coarse = 32
 
     def do(*events):
         monkeypatch.setattr(Gui, "script", [list(events)])
@@ -2371,9 +2384,10 @@ def test_window(rng, monkeypatch, tmp_path, capsys):
     assert np.array_equal(window.image[..., 0] * np.float32(255),
                           tinynerf.depth_image(depth, *tinynerf.depth_range(depth)))
     do(event("o"))
-    window.speed = 0.0
+    window.coarse = 1
     window.draw()
-    assert window.scale == 1 and not do(event("s"))
+    assert window.scale == 1 and do(event("s"))
+    window.draw()
     samples = tinynerf.render_view(m, window.camera, 64, 48)[1]
     assert np.corrcoef(np.isfinite(samples).ravel(), window.image[..., 0].ravel() > 0)[0, 1] > 0.1
     assert np.array_equal(imageio.imread(tmp_path / "view_000.png"), tinynerf.to_bytes(window.image))

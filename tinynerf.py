@@ -71,6 +71,7 @@ GROWTH = 4.0                    # unbounded scenes: steps grow by GROWTH / (step
 DISTORTION = 0.03               # unbounded scenes: strength of the distortion loss
 HOST_MB = 400                   # what Taichi, its compiler and pictures take besides buffers
 MESH_LENGTH = 0.01              # a mesh is where half of the light would be gone after so many sides of its cube
+SPECK = 0.01                    # parts of a mesh that have less than this share of the largest part's triangles go
 READ_EVERY = 16                 # steps between two looks of the host at the counters
 CHECKPOINT_SECONDS = 30         # between two checkpoints
 WATCH_SECONDS = 5               # between two pictures of train --watch
@@ -941,10 +942,14 @@ def evaluate_fitted(m, views, n_steps=50, n_rays=512):
     (NeRF in the Wild, section 5): what is left is not exposure or white balance. The mean over the views."""
     neutral, psnrs, rng = m.first_code + m.n_photos * m.n_code, [], np.random.default_rng(0)
     ray_pixel, params = np.zeros(m.settings["rays"], np.int32), m.params.to_numpy()
+    start = params.copy()                            # from the middle of all codes, in the place of the neutral one
+    codes = start.reshape(-1)[m.first_code:].reshape(-1, m.n_code)
+    codes[-1] = codes[:-1].mean(0)
     for i, (_, width, height, lens) in enumerate(views.size):
         view = select_views(views, np.arange(len(views.size)) == i)
         on_device, n = upload_views(m, view), min(n_rays, m.settings["rays"])
         m.moment.fill(0.0)
+        m.params.from_numpy(start)
         for step in range(n_steps):
             k.list_pixels(n, 0, m.ray_pixel, m.ray_view, m.ray_code)
             ray_pixel[:n] = rng.integers(0, height, n) * width + rng.integers(0, max(width // 2, 1), n)
@@ -956,7 +961,7 @@ def evaluate_fitted(m, views, n_steps=50, n_rays=512):
         rgb, _ = render_view(m, views.camera[i], width, height, lens)
         rgba, right = view_image(views, i), np.arange(width)[:, None] >= width // 2
         psnrs.append(psnr(rgb, over_white(rgba), right & ((rgba[..., 3:] == 255) | (views.alpha != "mask"))))
-        m.params.from_numpy(params)
+    m.params.from_numpy(params)
     return float(np.mean(psnrs))
 
 
@@ -1654,6 +1659,20 @@ def extract_mesh(m, resolution):
             triangle.to_numpy()[:3 * n_triangles].reshape(-1, 3))
 
 
+def drop_specks(place, rgb, triangles):
+    """The mesh without the components that have less than SPECK of the largest one's triangles: floaters, bubbles inside
+    of things."""
+    label, old = np.arange(len(place)), None
+    while not np.array_equal(label, old):            # each vertex takes the least number among those it hangs on
+        old = label.copy()
+        np.minimum.at(label, triangles.ravel(), np.repeat(label[triangles].min(1), 3))
+        label = label[label]
+    size = np.bincount(label[triangles[:, 0]], minlength=len(place))
+    keep = (size >= SPECK * size.max())[label]
+    number = np.cumsum(keep, dtype=np.int32) - 1
+    return place[keep], rgb[keep], number[triangles[keep[triangles[:, 0]]]]
+
+
 def command_mesh(args):
     """tinynerf.py mesh: the model's surface as a triangle mesh with colors, a binary PLY file in the scene's units."""
     arch, device = start_taichi(args.arch)
@@ -1665,6 +1684,7 @@ def command_mesh(args):
     place, rgb, triangles = extract_mesh(m, args.resolution)
     if not len(triangles):
         raise UserError(f"{args.run} has no surface: all of it is thin", "train it for longer")
+    place, rgb, triangles = drop_specks(place, rgb, triangles)
     vertices = np.empty(len(place), [("place", "<f4", 3), ("rgb", "u1", 3)])
     vertices["place"], vertices["rgb"] = place, rgb
     faces = np.empty(len(triangles), [("n", "u1"), ("vertices", "<i4", 3)])
@@ -1711,13 +1731,15 @@ class Window:
         self.camera = resize_camera(orbit_cameras(cameras, 1)[0], own_size, size)
         _, target, _, self.up, _ = camera_frame(cameras)
         self.at, self.target = self.start = self.camera[3:12:4].astype(np.float64), target
-        self.mode, self.help, self.note, self.cursor = "c", True, "", None       # cursor: where the mouse drags
-        self.image = np.ones((size[1], size[0], 3), np.float32)
-        self.scale, self.speed = 0, 1e-6             # pixels a ray, 0 if there is no picture yet; seconds per ray
+        self.mode, self.help, self.note, self.wanted = "c", True, "", False      # wanted: the picture, in a file
+        self.image, self.cursor = np.ones((size[1], size[0], 3), np.float32), None           # where the mouse drags
+        self.scale, self.coarse = 0, 8               # pixels a ray: of the picture, 0 if there is none; while it moves
         self.seconds = {"moving": [], "still": []}   # that pictures took
 
     def poll(self):
-        """Show what there is, and do what mouse and keys ask for; whether that asks for another picture."""
+        """Show what there is, and do what mouse and keys ask for; whether that asks for another picture, or for none."""
+        if not self.gui.running:
+            return True
         image, lines, (width, height) = self.image, KEYS if self.help else (), self.size
         if self.help:
             image = image.copy()
@@ -1729,7 +1751,7 @@ class Window:
         self.gui.show()
         if any([self.handle(event) for event in self.gui.get_events()]):
             self.scale = 0
-        return self.scale == 0
+        return self.scale == 0 or not self.gui.running
 
     def handle(self, event):
         """Do what an event asks for; whether that asks for another picture."""
@@ -1763,7 +1785,7 @@ class Window:
             elif key == "h":
                 self.help = not self.help
             elif key == "s":
-                self.save()
+                self.wanted, changed = True, True
         if zoom != 1.0 or np.any(shift):
             self.target, changed = self.target + shift, True
             self.at = self.target + zoom * away
@@ -1785,16 +1807,12 @@ class Window:
         while os.path.exists(path := os.path.join(self.folder, f"view_{number:03d}.png")):
             number += 1
         imageio.imwrite(path, to_bytes(self.image))
-        self.note = f"saved {path}"
+        self.note, self.wanted = f"saved {path}", False
 
     def draw(self):
         """The next picture: a coarse one if there is none yet, else one that is twice as fine, unless events want
         another one meanwhile."""
-        width, height = self.size
-        coarse = 1
-        while width * height / coarse**2 * self.speed > 0.05 and coarse < 32:
-            coarse *= 2
-        scale, moving = self.scale // 2 or coarse, self.scale == 0
+        (width, height), scale, moving = self.size, self.scale // 2 or self.coarse, self.scale == 0
         small = -(-width // scale), -(-height // scale)
         self.camera[:12] = look_at(self.at, self.target, self.up)
         camera, start = resize_camera(self.camera, self.size, small), time.perf_counter()
@@ -1813,14 +1831,17 @@ class Window:
         seconds = time.perf_counter() - start
         self.seconds["moving" if moving else "still"].append(seconds)
         self.scale = scale
-        if moving:
-            self.speed = 0.5 * (self.speed + seconds / (small[0] * small[1]))
+        if moving and not 0.025 < seconds < 0.07:
+            self.coarse = max(1, self.coarse // 2) if seconds < 0.05 else min(2 * self.coarse, 32)
+        if self.wanted and scale == 1:
+            self.save()
 
     def run(self):
         """Until the window is closed; then say how quick it was."""
         while self.gui.running:
-            if self.poll() or self.scale > 1:
+            if self.scale != 1:
                 self.draw()
+            self.poll()
         self.gui.close()
         for when, seconds in self.seconds.items():
             if seconds:
@@ -1841,6 +1862,7 @@ def command_view(args):
         m, views = make_model(scene, place_scene(scene), arch)
         own, cameras, folder, training = scene.train.size[0, 1:3].tolist(), scene.train.camera, ".", True
     window = Window(m, cameras, args.size or (800, max(round(800 * own[1] / own[0]), 1)), own, folder)
+    render_view(m, window.camera, 8, 8)              # every kernel is compiled
     if training:
         drawn = [0.0]
 
@@ -1849,8 +1871,10 @@ def command_view(args):
 
         def look(state):
             """Between two steps: a picture at once where the user moves, otherwise now and then."""
-            if window.poll() or time.monotonic() > drawn[0] + 1.0:
+            window.poll()
+            if time.monotonic() > drawn[0] + 1.0 and not window.wanted:
                 window.scale = 0
+            if window.scale == 0 or window.wanted:
                 with glance(m):
                     window.draw()
                 drawn[0] = time.monotonic()
