@@ -2044,11 +2044,14 @@ def test_converted_capture(tmp_path, monkeypatch):
             assert scene.capture and len(scene.train.names) == 8
 
 
-def try_to_load(folder):
-    """Loads what may be broken: a scene, or a UserError of two lines; in either case soon."""
+def try_to_load(path):
+    """Loads what may be broken: a scene's folder, or a file of poses; a UserError of two lines; in either case soon."""
     start = time.perf_counter()
     try:
-        scene = tinynerf.load_scene(str(folder))
+        if path.is_file():
+            assert np.isfinite(tinynerf.read_path(str(path), (32, 24))[0]).all()
+            return 1
+        scene = tinynerf.load_scene(str(path))
         assert np.isfinite(scene.train.camera).all() and len(scene.train.names) > 0
         assert all("\n" not in line for line in scene.skipped)
         return 1
@@ -2066,16 +2069,20 @@ NASTY = ["NaN", "-Infinity", "1e999", "-1", "0", "1e308", "9" * 400, "9" * 5000,
          "[[1, 2], [3]]", '{"file_path": "images/00.png"}', "\ufeff"]
 
 
-@pytest.mark.parametrize("kind", ["transforms.json", "transforms_train.json", "png", "jpg"])
+@pytest.mark.parametrize("kind", ["transforms.json", "transforms_train.json", "path.json", "png", "jpg"])
 def test_broken_files(tmp_path, kind):
     """A file that is broken somewhere ends in a traceback, or takes forever."""
-    rng = np.random.default_rng(7)
+    rng, loaded = np.random.default_rng(7), tmp_path / ("path.json" if kind == "path.json" else "scene")
     if kind == "transforms_train.json":
         folder = write_scene(tmp_path / "scene", n_test=0)
     else:
         folder = write_capture(tmp_path / "scene", 4, change=lambda m: m.update(
             k1=0.1, is_fisheye=False, camera_model="OPENCV", aabb_scale=4, offset=[0, 0, 0], train_filenames=[]))
     path = folder / (photo_name(1) if kind in ("png", "jpg") else kind)
+    if kind == "path.json":
+        path, pose = loaded, look_at([3, 1, 2], [0, 0, 0], 50, 32, 24)[:12].tolist() + [0, 0, 0, 1]
+        path.write_text(json.dumps(dict(render_width=32, render_height=24, camera_path=2 * [
+            dict(camera_to_world=pose, fov=50, aspect=1)])))
     if kind == "jpg":                                # photos are known by their contents
         write_turned(tmp_path / "photo.jpg", np.full((8, 12, 3), 90, np.uint8), 6)
         shutil.copy(tmp_path / "photo.jpg", path)
@@ -2091,10 +2098,10 @@ def test_broken_files(tmp_path, kind):
             end = len(whole) if rng.random() < 0.2 else start + n
             content = whole[:start] + middle + whole[end:]
         path.write_bytes(content)
-        usable += try_to_load(folder)
+        usable += try_to_load(loaded)
     print(f"{kind}: {usable} of 60 could be used")
     path.write_bytes(whole)
-    assert try_to_load(folder)
+    assert try_to_load(loaded)
 
 
 def test_place_scene():

@@ -1252,17 +1252,14 @@ def draw_history(path, log_path):
     """A picture of log.csv: PSNR of the training rays and their loss against time, each row and a running mean."""
     with open(log_path, newline="", encoding="utf-8") as file:
         rows = np.array([row[1:4] for row in csv.reader(file)][1:], np.float64).reshape(-1, 3)
-    seconds, loss, noise = rows[:, 0], np.log10(np.maximum(rows[:, 1], 1e-10)), rows[:, 2]
+    seconds, loss, decibel = rows[:, 0], np.log10(np.maximum(rows[:, 1], 1e-10)), rows[:, 2]
     image = PIL.Image.new("RGB", (960, 480), "white")
-    draw, font = PIL.ImageDraw.Draw(image), PIL.ImageFont.load_default()
-    with contextlib.suppress(TypeError):             # Pillow 10.1 has it in any size
-        font = PIL.ImageFont.load_default(16)
-    panels = (70, "PSNR of training rays, dB", noise, "{:g}"), (550, "loss, log10", loss, "{:g}")
-    for left, title, value, form in panels:
+    draw, font = PIL.ImageDraw.Draw(image), PIL.ImageFont.load_default(16)
+    for left, title, value in ((70, "PSNR of training rays, dB", decibel), (550, "their loss, log10", loss)):
         right, top, bottom = left + 380, 50, 420
         middle = np.convolve(np.pad(value, 8, "edge"), np.ones(17) / 17, "valid")
-        low, high = np.percentile(value, (2, 100)) if len(value) else (0.0, 1.0)
-        high, end = max(high, low + 0.1), max(seconds[-1] if len(seconds) else 1.0, 0.1)
+        low, high = np.percentile(value, (2, 100))
+        high, end = max(high, low + 0.1), max(seconds[-1], 0.1)
 
         def at(t, y):
             share = np.clip((y - low) / (high - low), 0.0, 1.0)
@@ -1275,7 +1272,7 @@ def draw_history(path, log_path):
         for tick in nice_ticks(low, high):
             _, y = at(0.0, tick)
             draw.line([left - 5, y, right, y], "gainsboro")
-            draw.text((left - 8, y), form.format(round(tick, 6)), "black", font, "rm")
+            draw.text((left - 8, y), f"{tick:g}", "black", font, "rm")
         draw.line([left, top, left, bottom, right, bottom], "black")
         draw.text((left, top - 26), title, "black", font)
         draw.text(((left + right) / 2, bottom + 30), "seconds of training", "black", font, "ma")
