@@ -942,14 +942,10 @@ def evaluate_fitted(m, views, n_steps=50, n_rays=512):
     (NeRF in the Wild, section 5): what is left is not exposure or white balance. The mean over the views."""
     neutral, psnrs, rng = m.first_code + m.n_photos * m.n_code, [], np.random.default_rng(0)
     ray_pixel, params = np.zeros(m.settings["rays"], np.int32), m.params.to_numpy()
-    start = params.copy()                            # from the middle of all codes, in the place of the neutral one
-    codes = start.reshape(-1)[m.first_code:].reshape(-1, m.n_code)
-    codes[-1] = codes[:-1].mean(0)
     for i, (_, width, height, lens) in enumerate(views.size):
         view = select_views(views, np.arange(len(views.size)) == i)
         on_device, n = upload_views(m, view), min(n_rays, m.settings["rays"])
         m.moment.fill(0.0)
-        m.params.from_numpy(start)
         for step in range(n_steps):
             k.list_pixels(n, 0, m.ray_pixel, m.ray_view, m.ray_code)
             ray_pixel[:n] = rng.integers(0, height, n) * width + rng.integers(0, max(width // 2, 1), n)
@@ -961,7 +957,7 @@ def evaluate_fitted(m, views, n_steps=50, n_rays=512):
         rgb, _ = render_view(m, views.camera[i], width, height, lens)
         rgba, right = view_image(views, i), np.arange(width)[:, None] >= width // 2
         psnrs.append(psnr(rgb, over_white(rgba), right & ((rgba[..., 3:] == 255) | (views.alpha != "mask"))))
-    m.params.from_numpy(params)
+        m.params.from_numpy(params)
     return float(np.mean(psnrs))
 
 
