@@ -839,13 +839,13 @@ def train(m, views, seed, steps=None, seconds=None, report=lambda **line: None, 
 
 
 def aim(m, camera, width, height, lens=0):
-    """Make a camera the one that start_rays is for: [22] in world units, see k.generate_rays; lens 0 or 1, see
+    """Make a camera the one that start_tile is for: [22] in world units, see k.generate_rays; lens 0 or 1, see
     k.lens_direction."""
     m.view_camera.from_numpy(to_cube(camera[None], m.space).ravel())
     m.view_size.from_numpy(np.array([0, width, height, lens], np.int32))
 
 
-def start_rays(m, first, n_rays):
+def start_tile(m, n_rays, first):
     """Rays through the pixels of a picture, from the `first` on."""
     step_length, _ = step_size(m, m.settings["render_steps"])
     k.list_pixels(n_rays, first, m.ray_pixel, m.ray_view, m.ray_code)
@@ -864,7 +864,7 @@ def render_tiles(m, camera, width, height, lens=0):
     aim(m, camera, width, height, lens)
     for first in range(0, n_pixels, tile):
         n_rays = min(tile, n_pixels - first)
-        start_rays(m, first, n_rays)
+        start_tile(m, n_rays, first)
         limit = 8
         while True:
             march(m, n_rays, limit, n_steps)
@@ -1701,7 +1701,7 @@ def count_tiles(m, camera, width, height):
     aim(m, camera, width, height)
     for first in range(0, width * height, m.settings["rays"]):
         n_rays = min(m.settings["rays"], width * height - first)
-        start_rays(m, first, n_rays)
+        start_tile(m, n_rays, first)
         k.count_samples(n_rays, k.END, *step, m.space.unbounded, grid, m.ray, m.ray_step, m.pixel, m.occupancy,
                         m.march_span)
         count = m.march_span.to_numpy()[1:2 * n_rays:2]
