@@ -5,6 +5,7 @@
     python tinynerf.py render runs/lego       renders the model again
     python tinynerf.py eval runs/lego         measures it again
     python tinynerf.py bench                  times every kernel
+    python tinynerf.py export runs/lego DIR   the model and its kernels for programs in other languages
 
 kernels.py holds everything that a port to another GPU language has to rewrite; this file is what it can keep: scenes,
 buffers, the list of launches (forward, backward), the training loop, rendering and the command line.
@@ -15,6 +16,7 @@ import contextlib
 import csv
 import gc
 import importlib.util
+import inspect
 import json
 import math
 import os
@@ -659,6 +661,14 @@ def adam(m, step, learning_rate):
     load_weights(m)
 
 
+def start_occupancy(m, views, view_bound):
+    """Every cell that a camera sees may hold something, and no other ever will. view_bound [n_views, 4] f32."""
+    grid, space = m.settings["grid"], m.space
+    k.bound_views(views.n, views.size, views.camera, view_bound)
+    k.mark_visible_cells(grid, space.unbounded, views.n, space.near, views.camera, view_bound, m.density_grid)
+    pack_occupancy(m, 0, k.END)
+
+
 def update_occupancy(m, n_cells, first, seed, step):
     """Look at n_cells cells of the occupancy grid anew, from the `first` of the scattered walk on."""
     grid = m.settings["grid"]
@@ -742,10 +752,7 @@ def train(m, views, seed, steps=None, seconds=None, report=lambda **line: None, 
     m.initialize(seed)
     train_step(m, 0, views, seed, 0, 0.0)
     update_occupancy(m, 0, 0, seed, 0)
-    view_bound = m.new(ti.f32, 4 * views.n)
-    k.bound_views(views.n, views.size, views.camera, view_bound)
-    k.mark_visible_cells(grid, m.space.unbounded, views.n, m.space.near, views.camera, view_bound, m.density_grid)
-    pack_occupancy(m, 0, k.END)                                  # every cell that a camera sees may hold something
+    start_occupancy(m, views, m.new(ti.f32, 4 * views.n))
     now = types.SimpleNamespace(step=0, progress=0.0, seconds=0.0, cell=0, n_rays=min(256, m.settings["rays"]),
                                 samples=0, rays=0, rays_dropped=0)
     if resume:
@@ -798,6 +805,13 @@ def train(m, views, seed, steps=None, seconds=None, report=lambda **line: None, 
                 compile_seconds=compile_seconds, samples=now.samples, rays=now.rays, rays_dropped=now.rays_dropped)
 
 
+def start_tile(m, n_rays, first):
+    """The rays of so many pixels of the view that is rendered, from the `first` on."""
+    k.list_pixels(n_rays, first, m.ray_pixel, m.ray_view)
+    k.generate_rays(n_rays, m.space.unbounded, m.space.near, step_size(m, m.settings["render_steps"])[0], 0, 0, 0,
+                    m.ray_pixel, m.ray_view, m.view_size, m.view_camera, m.ray, m.ray_step, m.pixel, m.depth)
+
+
 def render_view(m, camera, width, height, lens=0):
     """Render one view: (rgb [height, width, 3] over white, depth [height, width] in world units, inf where empty).
 
@@ -813,9 +827,7 @@ def render_view(m, camera, width, height, lens=0):
     neutral = m.first_code + m.n_photos * m.n_code
     for first in range(0, n_pixels, tile):
         n_rays = min(tile, n_pixels - first)
-        k.list_pixels(n_rays, first, m.ray_pixel, m.ray_view)
-        k.generate_rays(n_rays, space.unbounded, space.near, step_size(m, n_steps)[0], 0, 0, 0, m.ray_pixel, m.ray_view,
-                        m.view_size, m.view_camera, m.ray, m.ray_step, m.pixel, m.depth)
+        start_tile(m, n_rays, first)
         limit = 8
         while True:
             march(m, n_rays, limit, n_steps)
@@ -1457,6 +1469,19 @@ def median_seconds(function, repeats=15):
     return float(np.median(times[1:]))
 
 
+@contextlib.contextmanager
+def wrapped_kernels(wrap):
+    """Every kernel is wrap(name, kernel) for a while."""
+    plain = {name: kernel for name, kernel in vars(k).items() if hasattr(kernel, "_is_wrapped_kernel")}
+    try:
+        for name, kernel in plain.items():
+            setattr(k, name, wrap(name, kernel))
+        yield
+    finally:
+        for name, kernel in plain.items():
+            setattr(k, name, kernel)
+
+
 def measure_floors(m):
     """What this machine can do at best, by NumPy on all cores: FLOP/s of a product, [2^15, 64] times [64, 64]; bytes/s
     of a copy, read and written; bytes/s of a gather of random rows of the hash table, read."""
@@ -1526,24 +1551,22 @@ def command_bench(args):
 
     step_seconds, update_seconds = median_seconds(step, 31), median_seconds(update)
     marched, kept = int(m.march_counter.to_numpy()[0]), int(m.counter.to_numpy()[0])
-    seconds, plain = {}, {name: kernel for name, kernel in vars(k).items() if hasattr(kernel, "_is_wrapped_kernel")}
+    seconds = {}
 
-    def timed(name):
+    def timed(name, kernel):
         def launch(*arguments):
             start = time.perf_counter()
-            plain[name](*arguments)
+            kernel(*arguments)
             ti.sync()
             seconds[name][-1] += time.perf_counter() - start
+        seconds[name] = []
         return launch
 
-    for name in plain:
-        setattr(k, name, timed(name))
-    for _ in range(31):
-        for name in plain:
-            seconds.setdefault(name, []).append(0.0)
-        step()
-    for name, kernel in plain.items():
-        setattr(k, name, kernel)
+    with wrapped_kernels(timed):
+        for _ in range(31):
+            for times in seconds.values():
+                times.append(0.0)
+            step()
     seconds = {name: float(np.median(times)) for name, times in seconds.items()}
 
     floors, work = measure_floors(m), step_work(m, rays, marched, kept)
@@ -1567,6 +1590,79 @@ def command_bench(args):
     times = [median_seconds(lambda: render_view(m, camera, width, height, lens), 3)
              for camera in scene.test.camera[::max(1, len(scene.test.camera) // 5)][:5]]
     print(f"a {width}x{height} view {np.median(times):.3f} s (median of {len(times)})")
+
+
+def named_buffers(m):
+    """All buffers of a model: {name: ndarray}; those of its MLPs as density.weight and so on."""
+    parts = {"": m, "density.": m.density, "color.": m.color}
+    return {part + name: x for part, of in parts.items() for name, x in vars(of).items() if isinstance(x, ti.Ndarray)}
+
+
+def list_launches(m):
+    """What a program around the kernels has to launch, for JSON: {function of this file: [[kernel, argument, ...]]}.
+    Arguments are numbers, names of buffers, and names of what the caller of that function gives."""
+    names, lists, n_steps = {id(x): name for name, x in named_buffers(m).items()}, {}, m.settings["render_steps"]
+    views = types.SimpleNamespace(pixels="views.pixels", size="views.size", camera="views.camera", n="views.n",
+                                  alpha="mask" if m.n_code else "background")
+    calls = dict(
+        initialize=lambda: m.initialize("seed"), load_weights=lambda: load_weights(m),
+        start_occupancy=lambda: start_occupancy(m, views, "view_bound"),
+        train_step=lambda: train_step(m, "n_rays", views, "seed", 0, 1.0),
+        update_occupancy=lambda: update_occupancy(m, "n_cells", "first", "seed", 0),
+        start_tile=lambda: start_tile(m, "n_rays", "first"), march=lambda: march(m, "n_rays", "limit", n_steps),
+        forward=lambda: forward(m, "n_rays", n_steps, m.first_code + m.n_photos * m.n_code))
+    for call, function in calls.items():
+        lists[call] = []
+        with wrapped_kernels(lambda name, kernel: lambda *arguments: lists[call].append(
+                [name] + [names.get(id(x), x) for x in arguments])):
+            function()
+    return lists
+
+
+EXPORT_NOTES = {}
+
+
+def command_export(args):
+    """tinynerf.py export: a model, its kernels compiled for Vulkan and the lists of launches, as files for programs in
+    other languages."""
+    if os.path.exists(args.out):
+        raise UserError(f"{args.out} exists", "choose another folder")
+    try:
+        start_taichi("vulkan")
+    except UserError:
+        raise UserError("export compiles the kernels for Vulkan, and there is no Vulkan driver here",
+                        "install one: mesa-vulkan-drivers of Debian and Ubuntu needs no GPU")
+    if args.init:
+        m = Model(MACHINES["cpu"], place_scene(types.SimpleNamespace(capture=False)))
+        m.initialize(0)
+        filled = ["params", "level"]
+    else:
+        m, _, cameras = load_model(args.run, "cpu", training=True)
+        m.view_camera.from_numpy(to_cube(cameras["test"][:1], m.space).ravel())
+        m.view_size.from_numpy(np.array([0, *cameras["test_size"][0, 1:]], np.int32))
+        filled = ["params", "level", "occupancy", "view_camera", "view_size"]
+    m.settings = {**m.settings, "hash_chunk": 1}     # the least: a GPU has threads enough
+    buffers, kernels = named_buffers(m), {}
+    module = ti.aot.Module(ti.vulkan)
+    for name, kernel in vars(k).items():
+        if hasattr(kernel, "_is_wrapped_kernel"):
+            module.add_kernel(kernel)
+            kernels[name] = list(inspect.signature(kernel).parameters)
+    part = f"{os.path.abspath(args.out)}.part-{os.getpid()}"
+    try:
+        os.makedirs(os.path.join(part, "kernels"))
+        module.save(os.path.join(part, "kernels"))
+        for name in filled:
+            buffers[name].to_numpy().tofile(os.path.join(part, name + ".bin"))
+        described = {name: dict(dtype=np.dtype(x.to_numpy().dtype).name) for name, x in buffers.items()}
+        with open(os.path.join(part, "model.json"), "w", encoding="utf-8") as file:
+            json.dump(dict(notes=EXPORT_NOTES, version=VERSION, settings=m.settings, space=vars(m.space),
+                           kernels=kernels, buffers=described, launches=list_launches(m)), file, indent=1)
+        os.rename(part, args.out)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    print(f"{len(kernels)} kernels, {len(buffers)} buffers and what a program has to launch are in {args.out}")
 
 
 def parse_args(argv):
@@ -1595,7 +1691,7 @@ def parse_args(argv):
         return int(match[1]), int(match[2])
 
     parser = Parser(prog="tinynerf.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="train | render | eval | bench")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="train | render | eval | bench | export")
     parser_train = commands.add_parser("train", help="train on a scene and leave a run folder")
     parser_train.add_argument("scene", nargs="?", help="folder with transforms_train.json and images")
     parser_train.add_argument("--resume", metavar="RUN", help="go on with a run that was interrupted or killed")
@@ -1620,6 +1716,11 @@ def parse_args(argv):
     parser_bench.add_argument("scene", nargs="?", default="data/lego", help="folder of a scene (default: data/lego)")
     parser_bench.add_argument("--steps", type=positive(int), default=600, help="train for so many steps first")
     parser_bench.add_argument("--downscale", type=positive(int), default=1, metavar="K", help="average KxK pixels")
+    parser_export = commands.add_parser("export", help="leave kernels and a model for programs in other languages")
+    parser_export.add_argument("run", nargs="?", help="run folder")
+    parser_export.add_argument("--init", action="store_true", help="no run's model but a new one, not trained yet")
+    parser_export.add_argument("out", metavar="DIR", help="folder to make")
+    parser_export.set_defaults(arch="vulkan")
     for command in (parser_train, parser_render, parser_eval, parser_bench):
         command.add_argument("--arch", choices=("auto", "cpu", "cuda", "vulkan", "metal"))
     args = parser.parse_args(argv)
@@ -1630,6 +1731,8 @@ def parse_args(argv):
         if not args.resume and not args.scene:
             parser_train.error("the following arguments are required: scene")
         args.downscale, args.seed = args.downscale or 1, args.seed or 0
+    if args.command == "export" and bool(args.run) == args.init:
+        parser_export.error("a RUN is required" if not args.run else "argument --init: not allowed with a RUN")
     if args.arch is None and not vars(args).get("resume"):           # a run goes on where it began
         args.arch = "auto"
     return args
@@ -1639,7 +1742,8 @@ def main(argv=None):
     """Run a command; returns the exit code: 0, or 2 for a mistake of the user."""
     try:
         args = parse_args(argv)
-        commands = {"train": command_train, "render": command_render, "eval": command_eval, "bench": command_bench}
+        commands = {"train": command_train, "render": command_render, "eval": command_eval, "bench": command_bench,
+                    "export": command_export}
         commands[args.command](args)
     except UserError as error:
         print(f"tinynerf: {error}\n          {error.hint}", file=sys.stderr)
