@@ -2947,13 +2947,15 @@ The manifest has `cases`, in the order of kernels.py, and `training`. A case is 
       may_differ  entries that may be further off: more than 0 where a rounding decides which way a kernel goes
 PORT is an .npz file with an array <case>/<kernel>/<argument> for each out and in-out argument, flat, of the same dtype
 and size as `after`; or a folder with such files, <case>/<kernel>/<argument>.bin, raw little-endian numbers.
-A port is fed from FILE.npz for each launch: its errors do not add up.
+A port is fed from FILE.npz for each launch: its errors do not add up. When all kernels pass, it can train: with the
+manifest's `training` (settings and constants as in tinynerf.py) and on training/*, it may put its own losses and the
+PSNR of the test views (one f32) into training/losses and training/psnr, which are then compared: the first n losses
+within a relative tolerance, for each [n, tolerance], and the PSNR with a band.
 """
 WORKGROUP = 64
 FILLS = [dict(f=-77.0, i=-77, u=2**32 - 77), dict(f=55.0, i=55, u=55)]       # of `out` buffers before a launch
 KINDS = {"f32": "<f4", "i32": "<i4", "u32": "<u4"}
 TOLERANCE = 1e-5
-PSNR_BAND = (15.0, 25.0)
 ROUNDED = {"mark_visible_cells", "count_samples", "write_samples", "mark_visible_samples", "mark_lit_cells"}
 
 
@@ -3079,7 +3081,6 @@ def golden_scene(rng, space, n_rays, capacity, n_steps, hash_chunk):
     m.moment.from_numpy(rng.uniform(0, 1e-4, (2 * m.n_rows, F)).astype(np.float32))
     tinynerf.pack_occupancy(m, 300, 150)
     tinynerf.train_step(m, n_rays, views, 3, 300, 1e-2)
-    print(m.march_counter.to_numpy(), m.counter.to_numpy(), m.settings)
     tinynerf.update_occupancy(m, 500, 300, 3, 301)
     if n_photos:
         k.mean_code(n_photos, m.n_code, m.first_code, m.params)
@@ -3098,6 +3099,7 @@ def golden_launches(rng, scene):
     golden_scene(rng, SPACE, 299, 700, 16, 7)
 
     scene("extra")
+    k.list_pixels(131, 17, buf(np.zeros(140, np.int32)), buf(np.zeros(140, np.int32)))
     tinynerf.Model({**TINY, **COARSE, "grid": 16, "march": 64, "rays": 64}, BOX, n_levels=3).initialize(7)
     n, grid = 131, 64
     size = sizes(*[(3 + v % 4, 2 + v % 3, v % 2) for v in range(n)])
@@ -3120,7 +3122,8 @@ def golden_launches(rng, scene):
 
 
 def golden_training(arrays):
-    """A training run for a port that has all kernels: its losses, and the band for its PSNR."""
+    """A training run for a port that has all kernels: its losses, and a band for its PSNR. With 8 other seeds that is
+    16.9 to 19.4 dB; on Vulkan the first 10 losses differ by 1.5e-6 of theirs, all of them by 5.3e-4."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in STEADY.items():
             patch.setattr(tinynerf, name, value)
@@ -3128,8 +3131,8 @@ def golden_training(arrays):
         for name, views in (("", sphere_views(12)), ("test_", sphere_views(2, phase=1.0))):
             arrays.update({f"training/{name}{x}": getattr(views, x).ravel() for x in ("pixels", "size", "camera")})
         arrays.update({"training/losses": losses.astype("<f4"), "training/n_rays": np.array(total["n_rays"], "<i4")})
-        return dict(seed=0, steps=100, n_levels=3, settings=m.settings, constants=STEADY, space=vars(BOX), psnr=PSNR_BAND,
-                    psnr_here=tinynerf.evaluate(m, views)["psnr"])
+        return dict(seed=0, steps=100, n_levels=3, settings=m.settings, constants=STEADY, space=vars(BOX),
+                    psnr=[16.0, 20.5], tolerance=[[10, 1e-3], [100, 2e-2]], psnr_here=tinynerf.evaluate(m, views)["psnr"])
 
 
 def golden(path):
@@ -3195,7 +3198,8 @@ def compare_argument(a, want, got, untouched):
     wrong, spilt = (error > a["tolerance"]).sum(), 0 if not untouched else (~counts & ~same(got, fill)).sum()
     at = int((error if wrong > a["may_differ"] else ~counts & ~same(got, fill)).argmax())
     where = ", ".join(map(str, np.unravel_index(at, a["shape"])))
-    text = f"{a['name']}[{where}] is {got[at]:.7g}, expected {want[at]:.7g}"
+    text = f"{a['name']}[{where}] is {got[at]:.7g}, expected {want[at]:.7g}" if is_float else (
+        f"{a['name']}[{where}] is {got[at]}, expected {want[at]}")
     if wrong > a["may_differ"]:
         return error.max(), f"{text}; {wrong} of {counts.sum()} entries"
     return np.sort(error)[-1 - a["may_differ"]], f"{text}, untouched; {spilt} entries" if spilt else None
@@ -3207,10 +3211,12 @@ def check(path, port_path, untouched=False):
         golden_arrays = read_port(path)
         if "manifest" not in golden_arrays:
             raise Unusable(f"{path} has no manifest: is it what 'golden' wrote?")
-        cases, missing, n_wrong = json.loads(golden_arrays["manifest"].tobytes())["cases"], [], 0
+        manifest, missing, n_wrong = json.loads(golden_arrays["manifest"].tobytes()), [], 0
+        cases = manifest["cases"]
         outputs = {f"{case['case']}/{case['kernel']}/{a['name']}": (case["kernel"], a)
                    for case in cases for a in case["arguments"] if "after" in a}
-        port = read_port(port_path, {key: KINDS[a["dtype"]] for key, (_, a) in outputs.items()})
+        port = read_port(port_path, {**{key: KINDS[a["dtype"]] for key, (_, a) in outputs.items()},
+                                     "training/losses": "<f4", "training/psnr": "<f4"})
     except Unusable as error:
         print(error)
         return 2
@@ -3230,6 +3236,15 @@ def check(path, port_path, untouched=False):
         n_wrong += bool(lines)
         verdict = "WRONG" if lines else "pass" if errors else "not there"
         print("\n    ".join([f"{kernel:24s} {len(errors):7d}  {max(errors, default=0):.1e}  {verdict}"] + lines))
+    losses, psnr, here = port.pop("training/losses", None), port.pop("training/psnr", None), manifest["training"]
+    if losses is not None and psnr is not None:
+        want = golden_arrays["training/losses"]
+        lines = [f"loss {i} is {losses[i]:.6f}, expected {want[i]:.6f}" for n, tolerance in here["tolerance"]
+                 for i in [np.abs(losses[:n] / want[:n] - 1).argmax()] if not abs(losses[i] / want[i] - 1) < tolerance]
+        if not here["psnr"][0] < psnr[0] < here["psnr"][1]:
+            lines += [f"PSNR is {psnr[0]:.2f} dB, expected {here['psnr'][0]} to {here['psnr'][1]}"]
+        n_wrong += bool(lines)
+        print("\n    ".join([f"{'training':43s}{'WRONG' if lines else 'pass'}"] + lines))
     missing += [f"{key} is no output of any case" for key in port]
     print("\n".join(missing[:10] + [f"... and {len(missing) - 10} more"] * (len(missing) > 10)))
     return 1 if n_wrong else 2 if missing else 0
@@ -3248,17 +3263,14 @@ def replay_all(path):
 
 @pytest.fixture(scope="session")
 def golden_files(tmp_path_factory):
-    """Golden vectors, written twice, and what they say: path, other path, manifest, arrays, the reference's outputs."""
-    folder = tmp_path_factory.mktemp("golden")
-    paths = [str(folder / name) for name in ("golden.npz", "again.npz")]
-    writers = [subprocess.Popen([sys.executable, os.path.join(HERE, "test_tinynerf.py"), "golden", path])
-               for path in paths]
-    assert [writer.wait() for writer in writers] == [0, 0]
-    arrays = read_port(paths[0])
+    """Golden vectors, written by the command, and what they say: path, manifest, arrays, the reference's outputs."""
+    path = str(tmp_path_factory.mktemp("golden") / "golden.npz")
+    subprocess.run([sys.executable, os.path.join(HERE, "test_tinynerf.py"), "golden", path], check=True)
+    arrays = read_port(path)
     manifest = json.loads(arrays["manifest"].tobytes())
     outputs = {f"{case['case']}/{case['kernel']}/{a['name']}": arrays[a["after"]]
                for case in manifest["cases"] for a in case["arguments"] if "after" in a}
-    return types.SimpleNamespace(path=paths[0], again=paths[1], manifest=manifest, arrays=arrays, outputs=outputs)
+    return types.SimpleNamespace(path=path, manifest=manifest, arrays=arrays, outputs=outputs)
 
 
 # One workgroup is all there is of these: a thread, or as many as a power of two.
@@ -3267,14 +3279,10 @@ FEW_THREADS = {"find_threshold": 1, "scan_blocks": 1, "pack_blocks": 128, "pack_
 
 
 def test_golden(golden_files):
-    """A kernel has no golden vectors, these are not the same twice or too large, or a port would pass with one
-    workgroup, whole workgroups or one chunk; or a docstring says nothing of an atomic."""
+    """A kernel has no golden vectors, these are too large, or a port would pass with one workgroup, whole workgroups or
+    one chunk; or a docstring says nothing of an atomic."""
     assert os.path.getsize(golden_files.path) < 5e6
     print(f"{os.path.getsize(golden_files.path) / 1e6:.2f} MB, {len(golden_files.manifest['cases'])} cases")
-    again = read_port(golden_files.again)
-    assert set(again) == set(golden_files.arrays)
-    assert all(x.dtype == again[name].dtype and x.tobytes() == again[name].tobytes()
-               for name, x in golden_files.arrays.items())
     assert all(x.dtype.str in ("<f4", "<i4", "<u4") and x.ndim == 1
                for name, x in golden_files.arrays.items() if name != "manifest")
     cases = golden_files.manifest["cases"]
@@ -3282,7 +3290,8 @@ def test_golden(golden_files):
         mine = [case for case in cases if case["kernel"] == name]
         assert mine, f"{name} has no golden vectors: launch it in golden_launches"
         threads = [case["threads"] for case in mine]
-        assert any(n > 2 * WORKGROUP and n % WORKGROUP for n in threads) or threads[0] == FEW_THREADS[name], name
+        assert any(n > 2 * WORKGROUP and n % WORKGROUP for n in threads) or (
+            FEW_THREADS.get(name) in threads), name
         for case in mine:
             assert [a["name"] for a in case["arguments"]] == list(inspect.signature(kernel).parameters)
         atomics = set(re.findall(r"ti\.atomic_(\w+)\((\w+)", inspect.getsource(kernel)))
@@ -3294,8 +3303,12 @@ def test_golden(golden_files):
 
 
 def test_port(golden_files, tmp_path, capsys):
-    """Our own kernels, as a port to this arch, do not pass; or what they wrote does not fit into files."""
-    np.savez(tmp_path / "port.npz", **replay_all(golden_files.path))
+    """Our own kernels, as a port to this arch, do not pass, on a CPU not to the bit; or a folder of files does not."""
+    port = replay_all(golden_files.path)
+    for key, x in port.items():                      # these add in any order: space has one chunk for 7 samples
+        if ON_CPU and key not in ("space/hash_encode_backward/grad_table", "space/code_backward/grad_params"):
+            assert same(x, golden_files.outputs[key]).all(), key
+    np.savez(tmp_path / "port.npz", **port)
     code = check(golden_files.path, str(tmp_path / "port.npz"), untouched=True)
     out = capsys.readouterr().out
     print(out)
@@ -3378,8 +3391,8 @@ def test_wrong_docstrings(golden_files, tmp_path, name, old, new, what):
     """A docstring that does not say what a kernel does to its buffers goes unnoticed."""
     kernel = getattr(changed_kernels(tmp_path, name, old, new), name)
     case = next(case for case in golden_files.manifest["cases"] if case["kernel"] == name)
-    values = {a["name"]: a["value"] if a["role"] == "scalar" else golden_files.arrays[a.get("before", a.get("after"))]
-              for a in case["arguments"]}
+    values = {a["name"]: a["value"] if a["role"] == "scalar" else golden_files.arrays[a["before"]] if "before" in a else
+              np.zeros_like(golden_files.arrays[a["after"]]) for a in case["arguments"]}
     with pytest.raises(ValueError, match=re.escape(what)):
         make_case("any", kernel, values, {})
 
@@ -3401,6 +3414,11 @@ def test_check_mistakes(golden_files, tmp_path, capsys):
     says(2, "box/composite/pixel is no output", **{"box/composite/pixel": x})
     says(1, f"pixel[1, 2] is nan, expected {x[6]:.7g}; 1 of", **{key: np.where(np.arange(x.size) == 6, np.nan, x)})
     says(2, "has no manifest", golden_path=path)
+    losses = golden_files.arrays["training/losses"]
+    here, far = np.float32([golden_files.manifest["training"]["psnr_here"]]), np.float32([15.0])
+    says(0, "training                                   pass", **{"training/losses": losses, "training/psnr": here})
+    says(1, "PSNR is 15.00 dB", **{"training/losses": losses, "training/psnr": far})
+    says(1, "loss 9 is", **{"training/losses": losses * (1 + 0.002 * (np.arange(100) == 9)), "training/psnr": here})
     with open(path, "rb") as file:
         whole = file.read()
     for content in (whole[:len(whole) // 2], whole[:1000] + bytes(4000) + whole[5000:], b"", b"nothing"):

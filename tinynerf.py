@@ -1619,12 +1619,45 @@ def list_launches(m):
     return lists
 
 
-EXPORT_NOTES = {}
+# For who reads an exported model.json
+EXPORT_NOTES = dict(
+    buffers="Flat, row-major, little-endian, 4 bytes a number. Those with a file have its contents, the others are 0 at "
+            "first. Their sizes are those of `settings`: another machine may take other march, rays, block and chunk.",
+    launches="By function of tinynerf.py: [kernel, argument, ...] in order, a number or a name each. Names are those of "
+             "buffers, or of what the caller gives: pixels, size and camera of the views that it trains on, view_bound "
+             "[n_views, 4], n_rays, seed, first, limit, n_cells. An argument `step` is 0 here, and adam_step's "
+             "learning_rate that of step 0 at a rate of 1: see adam(). Rendering is start_tile and then march, forward "
+             "until march finds nothing: see render_view(). load_weights comes first.",
+    tasks="What Taichi makes of a kernel, each a SPIR-V 1.3 file in kernels/, entry point main, to be dispatched one "
+          "after the other with a barrier between; all bindings in descriptor set 0. The first of two is one thread that "
+          "computes the loop's bounds into `temporaries`, a storage buffer that the second one reads (it may be bound "
+          "twice; Taichi gives it 1 MB). Loops stride by the number of threads: any number of workgroups is right. "
+          "Taichi's C API loads the folder kernels/ as an AOT module and does all of this.",
+    block="`block` is a uniform buffer of block_bytes with the arguments at their offsets: numbers as they are, of an "
+          "ndarray 32 bytes: its length as i32, and a pointer at 16 that these kernels do not use.")
+
+
+def describe_kernels(metadata):
+    """Taichi's AOT metadata, boiled down to what a Vulkan program needs: see EXPORT_NOTES. {name: description}"""
+    described = {}
+    for kernel in metadata["kernels"]:
+        parameters, context = inspect.signature(getattr(k, kernel["name"])).parameters, kernel["ctx_attribs"]
+        names, kinds = list(parameters), {1: "temporaries", 2: "block"}      # of Taichi 1.7's enumeration; 5: ndarray
+        offsets = [element["offset"] for element in context["args_type_"]["content"]["elements_"]]
+        described[kernel["name"]] = dict(
+            arguments=[dict(name=name, offset=at, type=str(getattr(p.annotation, "dtype", p.annotation)))
+                       for (name, p), at in zip(parameters.items(), offsets)],
+            block_bytes=context["args_bytes_"],
+            tasks=[dict(file=task["name"] + ".spv", workgroup=task["advisory_num_threads_per_group"],
+                        bindings={bound["binding"]: kinds.get(bound["buffer"]["type"])
+                                  or names[bound["buffer"]["root_id"][0]] for bound in task["buffer_binds"]})
+                   for task in kernel["tasks_attribs"]])
+    return described
 
 
 def command_export(args):
-    """tinynerf.py export: a model, its kernels compiled for Vulkan and the lists of launches, as files for programs in
-    other languages."""
+    """tinynerf.py export: a model's buffers, the kernels compiled for Vulkan and the lists of launches, as files for
+    programs in other languages."""
     if os.path.exists(args.out):
         raise UserError(f"{args.out} exists", "choose another folder")
     try:
@@ -1633,31 +1666,31 @@ def command_export(args):
         raise UserError("export compiles the kernels for Vulkan, and there is no Vulkan driver here",
                         "install one: mesa-vulkan-drivers of Debian and Ubuntu needs no GPU")
     if args.init:
-        m = Model(MACHINES["cpu"], place_scene(types.SimpleNamespace(capture=False)))
+        m, filled = Model(MACHINES["cpu"], place_scene(types.SimpleNamespace(capture=False))), ["params", "level"]
         m.initialize(0)
-        filled = ["params", "level"]
     else:
         m, _, cameras = load_model(args.run, "cpu", training=True)
+        filled = ["params", "level", "occupancy", "view_camera", "view_size"]            # of the first test view
         m.view_camera.from_numpy(to_cube(cameras["test"][:1], m.space).ravel())
         m.view_size.from_numpy(np.array([0, *cameras["test_size"][0, 1:]], np.int32))
-        filled = ["params", "level", "occupancy", "view_camera", "view_size"]
-    m.settings = {**m.settings, "hash_chunk": 1}     # the least: a GPU has threads enough
-    buffers, kernels = named_buffers(m), {}
-    module = ti.aot.Module(ti.vulkan)
-    for name, kernel in vars(k).items():
-        if hasattr(kernel, "_is_wrapped_kernel"):
-            module.add_kernel(kernel)
-            kernels[name] = list(inspect.signature(kernel).parameters)
+    m.settings = {**m.settings, "hash_chunk": 1}     # a GPU has threads enough
+    buffers = {name: dict(dtype=str(x.dtype), shape=[*x.shape, *x.element_shape],
+                          **({"file": name + ".bin"} if name in filled else {})) for name, x in named_buffers(m).items()}
     part = f"{os.path.abspath(args.out)}.part-{os.getpid()}"
     try:
         os.makedirs(os.path.join(part, "kernels"))
+        module = ti.aot.Module(ti.vulkan)
+        for kernel in vars(k).values():
+            if hasattr(kernel, "_is_wrapped_kernel"):
+                module.add_kernel(kernel)
         module.save(os.path.join(part, "kernels"))
+        kernels = describe_kernels(read_json(os.path.join(part, "kernels", "metadata.json")))
         for name in filled:
-            buffers[name].to_numpy().tofile(os.path.join(part, name + ".bin"))
-        described = {name: dict(dtype=np.dtype(x.to_numpy().dtype).name) for name, x in buffers.items()}
+            getattr(m, name).to_numpy().tofile(os.path.join(part, name + ".bin"))
+        model = dict(version=VERSION, notes=EXPORT_NOTES, settings=m.settings, space=vars(m.space), buffers=buffers,
+                     launches=list_launches(m), kernels=kernels)
         with open(os.path.join(part, "model.json"), "w", encoding="utf-8") as file:
-            json.dump(dict(notes=EXPORT_NOTES, version=VERSION, settings=m.settings, space=vars(m.space),
-                           kernels=kernels, buffers=described, launches=list_launches(m)), file, indent=1)
+            json.dump(model, file, indent=1)
         os.rename(part, args.out)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
