@@ -1621,37 +1621,37 @@ def list_launches(m):
 
 # For who reads an exported model.json
 EXPORT_NOTES = dict(
-    buffers="Flat, row-major, little-endian, 4 bytes a number. Those with a file have its contents, the others are 0 at "
-            "first. Their sizes are those of `settings`: another machine may take other march, rays, block and chunk.",
-    launches="By function of tinynerf.py: [kernel, argument, ...] in order, a number or a name each. Names are those of "
-             "buffers, or of what the caller gives: pixels, size and camera of the views that it trains on, view_bound "
-             "[n_views, 4], n_rays, seed, first, limit, n_cells. An argument `step` is 0 here, and adam_step's "
-             "learning_rate that of step 0 at a rate of 1: see adam(). Rendering is start_tile and then march, forward "
-             "until march finds nothing: see render_view(). load_weights comes first.",
-    tasks="What Taichi makes of a kernel, each a SPIR-V 1.3 file in kernels/, entry point main, to be dispatched one "
-          "after the other with a barrier between; all bindings in descriptor set 0. The first of two is one thread that "
-          "computes the loop's bounds into `temporaries`, a storage buffer that the second one reads (it may be bound "
-          "twice; Taichi gives it 1 MB). Loops stride by the number of threads: any number of workgroups is right. "
-          "Taichi's C API loads the folder kernels/ as an AOT module and does all of this.",
+    buffers="Flat, row-major, little-endian, 4 bytes a number. Those with a file have its contents, the others are 0 "
+            "at first. Sizes are those of `settings`: another march, rays, block and chunk make others.",
+    launches="By function of tinynerf.py: [kernel, argument, ...] in order, a number or a name each: of a buffer, or of "
+             "what the caller gives: pixels, size and camera of the views to train on, view_bound [n_views, 4], n_rays, "
+             "n_cells, seed, first, limit. `step` is 0 here, and adam_step's learning_rate that of step 0 at a rate of "
+             "1: see adam(). load_weights comes first; a picture is start_tile and then march, forward, until march "
+             "finds nothing: see render_view().",
+    tasks="What Taichi makes of a kernel: SPIR-V 1.3 in kernels/, entry point main, to be dispatched one after the other "
+          "with a barrier between; bindings are of descriptor set 0. The first of two is one thread that computes the "
+          "loop's bounds into `temporaries`, a storage buffer for the second (Taichi gives it 1 MB; it may be bound "
+          "twice). Loops stride by the number of threads: any number of workgroups is right. Taichi's C API does all of "
+          "this: to it, kernels/ is an AOT module.",
     block="`block` is a uniform buffer of block_bytes with the arguments at their offsets: numbers as they are, of an "
-          "ndarray 32 bytes: its length as i32, and a pointer at 16 that these kernels do not use.")
+          "ndarray 32 bytes: its length in rows as i32, and a pointer at 16 that these kernels do not use.")
 
 
 def describe_kernels(metadata):
-    """Taichi's AOT metadata, boiled down to what a Vulkan program needs: see EXPORT_NOTES. {name: description}"""
-    described = {}
+    """Taichi's AOT metadata, boiled down to what a Vulkan program needs: {kernel: description}, see EXPORT_NOTES."""
+    described, kinds = {}, {1: "temporaries", 2: "block"}            # of Taichi 1.7's enumeration; 5: ndarray
     for kernel in metadata["kernels"]:
-        parameters, context = inspect.signature(getattr(k, kernel["name"])).parameters, kernel["ctx_attribs"]
-        names, kinds = list(parameters), {1: "temporaries", 2: "block"}      # of Taichi 1.7's enumeration; 5: ndarray
+        context, arguments = kernel["ctx_attribs"], []
         offsets = [element["offset"] for element in context["args_type_"]["content"]["elements_"]]
-        described[kernel["name"]] = dict(
-            arguments=[dict(name=name, offset=at, type=str(getattr(p.annotation, "dtype", p.annotation)))
-                       for (name, p), at in zip(parameters.items(), offsets)],
-            block_bytes=context["args_bytes_"],
-            tasks=[dict(file=task["name"] + ".spv", workgroup=task["advisory_num_threads_per_group"],
-                        bindings={bound["binding"]: kinds.get(bound["buffer"]["type"])
-                                  or names[bound["buffer"]["root_id"][0]] for bound in task["buffer_binds"]})
-                   for task in kernel["tasks_attribs"]])
+        for offset, (name, p) in zip(offsets, inspect.signature(getattr(k, kernel["name"])).parameters.items()):
+            kind = getattr(p.annotation, "dtype", p.annotation)      # a vector's, of a buffer of rows
+            arguments.append(dict(name=name, offset=offset, dtype=str(getattr(kind, "dtype", kind)),
+                                  **({"width": getattr(kind, "n", 1)} if kind is not p.annotation else {})))
+        described[kernel["name"]] = dict(arguments=arguments, block_bytes=context["args_bytes_"], tasks=[
+            dict(file=task["name"] + ".spv", workgroup=task["advisory_num_threads_per_group"], bindings={
+                bound["binding"]: kinds.get(bound["buffer"]["type"]) or arguments[bound["buffer"]["root_id"][0]]["name"]
+                for bound in sorted(task["buffer_binds"], key=lambda bound: bound["binding"])})
+            for task in kernel["tasks_attribs"]])
     return described
 
 
@@ -1674,8 +1674,10 @@ def command_export(args):
         m.view_camera.from_numpy(to_cube(cameras["test"][:1], m.space).ravel())
         m.view_size.from_numpy(np.array([0, *cameras["test_size"][0, 1:]], np.int32))
     m.settings = {**m.settings, "hash_chunk": 1}     # a GPU has threads enough
-    buffers = {name: dict(dtype=str(x.dtype), shape=[*x.shape, *x.element_shape],
-                          **({"file": name + ".bin"} if name in filled else {})) for name, x in named_buffers(m).items()}
+    buffers = {name: dict(dtype=str(x.dtype), shape=[*x.shape, *x.element_shape])
+               for name, x in named_buffers(m).items()}
+    for name in filled:
+        buffers[name]["file"] = name + ".bin"
     part = f"{os.path.abspath(args.out)}.part-{os.getpid()}"
     try:
         os.makedirs(os.path.join(part, "kernels"))
