@@ -3111,6 +3111,10 @@ def golden_launches(rng, scene):
     occupied = np.zeros(grid**3)
     occupied[rng.integers(0, grid**3, 70)] = 1
     k.pack_blocks(grid, buf(occupancy_model(occupied > 0)))
+    layout, x = tinynerf.level_layout(COARSE, 3), uniform(rng, 331, 5, low=0)
+    k.hash_encode_backward(3, 67, 5, count(331), buf(layout), buf(x), rows(uniform(rng, 331, 3 * F)),
+                           rowsF(np.zeros(F * layout[:, 2].sum())))
+    k.sum_partials(777, 50, 800, 9, count(n), buf(uniform(rng, 3, 800)), rowsF(uniform(rng, 800)))
     raw = rows(uniform(rng, n, k.OUTPUT, low=-20, high=20), k.OUTPUT)        # far beyond RAW_SIGMA_MAX
     k.density_head_forward(count(n), raw, buf(np.zeros((n, 4))))
     k.mean_code(5, 150, 8, rowsF(uniform(rng, 8 + 6 * 150 + 4)))
@@ -3132,7 +3136,8 @@ def golden_training(arrays):
             arrays.update({f"training/{name}{x}": getattr(views, x).ravel() for x in ("pixels", "size", "camera")})
         arrays.update({"training/losses": losses.astype("<f4"), "training/n_rays": np.array(total["n_rays"], "<i4")})
         return dict(seed=0, steps=100, n_levels=3, settings=m.settings, constants=STEADY, space=vars(BOX),
-                    psnr=[16.0, 20.5], tolerance=[[10, 1e-3], [100, 2e-2]], psnr_here=tinynerf.evaluate(m, views)["psnr"])
+                    tolerance=[[10, 1e-3], [100, 2e-2]], psnr=[16.0, 20.5],
+                    psnr_here=tinynerf.evaluate(m, views)["psnr"])
 
 
 def golden(path):
@@ -3273,9 +3278,9 @@ def golden_files(tmp_path_factory):
     return types.SimpleNamespace(path=path, manifest=manifest, arrays=arrays, outputs=outputs)
 
 
-# One workgroup is all there is of these: a thread, or as many as a power of two.
-FEW_THREADS = {"find_threshold": 1, "scan_blocks": 1, "pack_blocks": 128, "pack_occupancy": 128,
-               "mark_visible_cells": 4096}
+# Of these there is a single thread, or they fill whole workgroups always
+WHOLE = {"find_threshold": 1, "scan_blocks": 1, "pack_blocks": 128, "pack_occupancy": 128, "mark_visible_cells": 4096,
+         "load_weights": 2560}
 
 
 def test_golden(golden_files):
@@ -3291,7 +3296,7 @@ def test_golden(golden_files):
         assert mine, f"{name} has no golden vectors: launch it in golden_launches"
         threads = [case["threads"] for case in mine]
         assert any(n > 2 * WORKGROUP and n % WORKGROUP for n in threads) or (
-            FEW_THREADS.get(name) in threads), name
+            WHOLE.get(name) in threads), name
         for case in mine:
             assert [a["name"] for a in case["arguments"]] == list(inspect.signature(kernel).parameters)
         atomics = set(re.findall(r"ti\.atomic_(\w+)\((\w+)", inspect.getsource(kernel)))
@@ -3431,6 +3436,182 @@ def test_check_mistakes(golden_files, tmp_path, capsys):
     assert main(["check", golden_files.path, str(tmp_path)]) == 2            # a folder with nothing in it
     assert main([]) == main(["golden"]) == main(["paint", path]) == 2
     assert "is missing" in capsys.readouterr().out
+
+
+# ---- Export ---------------------------------------------------------------------------------------------------------
+
+def test_launch_lists(steady):
+    """Who launches what an export lists gets another model, or another picture, than training and rendering do."""
+    shown, n_rays = sphere_views(4, exposures=[0.5, 1.0]), 200
+    settings = {**TINY, "march": 4096, "hash_chunk": 4096 if ON_CPU else 1}
+    models = [tinynerf.Model(settings, SPACE, 8, 3) for _ in range(2)]
+    for m in models:
+        m.view_camera.from_numpy(tinynerf.to_cube(shown.camera[:1], SPACE).ravel())
+        m.view_size.from_numpy(np.array([0, 32, 32, 0], np.int32))
+    m, other = models
+    views, bound = tinynerf.upload_views(m, shown), buf(np.zeros((8, 4)))
+    m.initialize(3)
+    tinynerf.start_occupancy(m, views, bound)
+    tinynerf.train_step(m, n_rays, views, 3, 0, 0.01)
+    tinynerf.update_occupancy(m, 300, 70, 3, 0)
+    tinynerf.start_tile(m, n_rays, 40)
+    tinynerf.march(m, n_rays, 8, 32)
+    tinynerf.forward(m, n_rays, 32, m.first_code + 8 * m.n_code)
+
+    given = {**tinynerf.named_buffers(other), **{f"views.{name}": x for name, x in vars(views).items()}, "seed": 3,
+             "n_rays": n_rays, "view_bound": bound, "n_cells": 300, "first": 70, "limit": 8}
+    lists = json.loads(json.dumps(tinynerf.list_launches(other)))
+    assert {launch[0] for part in lists.values() for launch in part} == set(KERNELS) - {"mean_code"}
+    assert len(lists) == 8
+    for part in lists:                               # which are in the order that is right here
+        given["first"] = 40 if part == "start_tile" else 70
+        for name, *arguments in lists[part]:
+            if name == "adam_step":
+                arguments[1] *= 0.01                 # it is there for a rate of 1
+            getattr(k, name)(*[given[x] if isinstance(x, str) else x for x in arguments])
+    for name in ("density_grid", "params", "pixel"):
+        assert_close(name, given[name].to_numpy(), getattr(m, name).to_numpy(), 1e-6 if ON_CPU else 1e-2)
+    assert m.counter.to_numpy()[0] > 100 and len(np.unique(m.pixel.to_numpy())) > 300
+
+
+HOST = """
+import ctypes as c, json, math, os, sys, numpy as np
+
+folder, golden, port, taichi = sys.argv[1:]          # it does not import Taichi, it uses the C API that comes along
+os.environ["TI_LIB_DIR"] = os.path.join(taichi, "_lib", "c_api", "runtime")
+lib = c.CDLL(os.path.join(taichi, "_lib", "c_api", "lib", "libtaichi_c_api.so"))
+class Shape(c.Structure):
+    _fields_ = [("n", c.c_uint32), ("dims", c.c_uint32 * 16)]
+class Ndarray(c.Structure):
+    _fields_ = [("memory", c.c_void_p), ("shape", Shape), ("element", Shape), ("type", c.c_int32)]
+class Value(c.Union):
+    _fields_ = [("i32", c.c_int32), ("f32", c.c_float), ("ndarray", Ndarray)]
+class Argument(c.Structure):
+    _fields_ = [("type", c.c_int64), ("value", Value)]
+def call(name, *arguments):
+    getattr(lib, name).restype = c.c_void_p
+    return c.c_void_p(getattr(lib, name)(*arguments))
+runtime = call("ti_create_runtime", 1, 0)            # Vulkan
+module = call("ti_load_aot_module", runtime, os.path.join(folder, "kernels").encode())
+with open(os.path.join(folder, "model.json")) as file:
+    kernels = json.load(file)["kernels"]
+arrays, port_arrays = dict(np.load(golden)), {}
+for case in json.loads(arrays["manifest"].tobytes())["cases"]:
+    arguments, memories = (Argument * len(case["arguments"]))(), []
+    for x, a, its in zip(arguments, case["arguments"], kernels[case["kernel"]]["arguments"]):
+        if a["role"] == "scalar":
+            x.type = ("i32", "f32").index(a["dtype"])
+            setattr(x.value, a["dtype"], a["value"])
+            continue
+        value = arrays[a["before"]] if "before" in a else np.full(
+            math.prod(a["shape"]), a["fill"], {"f32": "<f4", "i32": "<i4", "u32": "<u4"}[a["dtype"]])
+        flags = (c.c_uint64 * 3)(value.nbytes, 1 | 1 << 32, 1 << 32)         # storage; the host reads and writes
+        memory = call("ti_allocate_memory", runtime, flags)
+        c.memmove(call("ti_map_memory", runtime, memory), value.ctypes.data, value.nbytes)
+        call("ti_unmap_memory", runtime, memory)
+        x.type, nd = 2, x.value.ndarray
+        nd.memory, nd.type = memory, {"f32": 1, "i32": 5, "u32": 10}[a["dtype"]]
+        nd.shape.n, nd.shape.dims[0] = 1, value.size // its["width"]
+        nd.element.n, nd.element.dims[0] = its["width"] > 1, its["width"]
+        memories.append((a, memory, value))
+    kernel = call("ti_get_aot_module_kernel", module, case["kernel"].encode())
+    call("ti_launch_kernel", runtime, kernel, len(arguments), arguments)
+    call("ti_wait", runtime)
+    for a, memory, value in memories:
+        got = c.string_at(call("ti_map_memory", runtime, memory), value.nbytes)
+        call("ti_unmap_memory", runtime, memory)
+        call("ti_free_memory", runtime, memory)
+        if "after" in a:
+            port_arrays[case["case"] + "/" + case["kernel"] + "/" + a["name"]] = np.frombuffer(got, value.dtype)
+np.savez(port, **port_arrays)
+"""
+
+
+@pytest.fixture
+def export_folder(tmp_path, monkeypatch, restart_taichi):
+    try:
+        tinynerf.start_taichi("vulkan")
+    except tinynerf.UserError:
+        pytest.skip("Taichi compiles for Vulkan only where there is a driver (Debian: mesa-vulkan-drivers)")
+    monkeypatch.setattr(tinynerf, "MACHINES", {"cpu": TINY, "gpu": TINY})
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_export(export_folder, golden_files, capfd):
+    """An exported model is not the model, its kernels do not run elsewhere, or what is said of them is wrong."""
+    m = tinynerf.Model(TINY, BOX)
+    m.initialize(5)
+    m.occupancy.from_numpy(np.arange(m.occupancy.shape[0], dtype=np.uint32))
+    views = sphere_views(3)
+    info = dict(n_levels=m.n_levels, n_photos=0, space=vars(BOX), width=32, height=32, downscale=1, scene="nowhere",
+                settings={name: TINY[name] for name in tinynerf.STORED})
+    os.mkdir("run")
+    tinynerf.save_model("run/model.npz", m, info, dict(train=views.camera, test=views.camera, test_size=views.size))
+    want = {name: getattr(m, name).to_numpy() for name in ("params", "level", "occupancy")}
+    want.update(view_camera=tinynerf.to_cube(views.camera[:1], BOX), view_size=np.array([0, 32, 32, 0], np.int32))
+    size = 1e6 * m.buffer_mb()
+    del m                                            # Taichi starts anew
+    assert tinynerf.main(["export", "run", "a/out"]) == 0 and sorted(os.listdir()) == ["a", "run"]
+    assert os.listdir("a") == ["out"]
+    with open("a/out/model.json", encoding="utf-8") as file:
+        model = json.load(file)
+    assert {name for name, x in model["buffers"].items() if "file" in x} == set(want)
+    for name, x in want.items():
+        with open(os.path.join("a/out", model["buffers"][name]["file"]), "rb") as file:
+            assert file.read() == x.astype(x.dtype.newbyteorder("<")).tobytes(), name
+    assert sum(4 * math.prod(x["shape"]) for x in model["buffers"].values()) == pytest.approx(size)
+    assert set(model["kernels"]) == set(KERNELS)
+    given = {"views.pixels", "views.size", "views.camera", "views.n", "n_rays", "seed", "view_bound", "n_cells",
+             "first", "limit"}
+    for name, *arguments in (launch for part in model["launches"].values() for launch in part):
+        assert len(arguments) == len(model["kernels"][name]["arguments"])
+        assert {x for x in arguments if isinstance(x, str)} <= set(model["buffers"]) | given
+
+    for name, kernel in model["kernels"].items():    # what the notes say
+        at, names = 0, {a["name"] for a in kernel["arguments"] if "width" in a}
+        for a in kernel["arguments"]:
+            at = -(-at // 16) * 16 if "width" in a else at
+            assert a["offset"] == at and a["dtype"] in KINDS, name
+            at += 32 if "width" in a else 4
+        assert kernel["block_bytes"] == at and 1 <= len(kernel["tasks"]) <= 2
+        assert [task["workgroup"] for task in kernel["tasks"]] in ([1, 128], [128]), name
+        for task in kernel["tasks"]:
+            assert task["bindings"].pop("0") == "block"
+            assert set(task["bindings"].values()) <= names | {"temporaries"}
+            with open(os.path.join("a/out/kernels", task["file"]), "rb") as file:
+                assert file.read(8) == struct.pack("<II", 0x07230203, 0x00010300)
+    host = [sys.executable, "-c", HOST, "a/out", golden_files.path, "port.npz", os.path.dirname(ti.__file__)]
+    subprocess.run(host, check=True)
+    assert check(golden_files.path, "port.npz", untouched=True) == 0
+
+    assert tinynerf.main(["export", "--init", "b"]) == 0
+    assert sorted(os.listdir("b")) == ["kernels", "level.bin", "model.json", "params.bin"]
+    m = tinynerf.Model(TINY, BOX)
+    m.initialize(0)
+    with open("b/params.bin", "rb") as file:
+        assert file.read() == m.params.to_numpy().tobytes()
+
+
+def test_export_mistakes(export_folder, mistake, monkeypatch):
+    """An export that goes wrong leaves something, or overwrites something."""
+    (export_folder / "there").mkdir()
+    mistake("there exists", "export", "--init", "there")
+    mistake("model.npz", "export", "nowhere", "out")
+    mistake("RUN is required", "export", "out")
+    mistake("--init", "export", "--init", "run", "out")
+    mistake("unrecognized", "export", "--init", "out", "--arch", "cpu")
+
+    def fail(*arguments, **options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(json, "dump", fail)
+    mistake("No space left", "export", "--init", "out")
+
+    def no_driver(arch):
+        raise tinynerf.UserError(f"--arch {arch} is not to be had on this machine", "")
+    monkeypatch.setattr(tinynerf, "start_taichi", no_driver)
+    mistake("no Vulkan driver", "export", "--init", "out")
+    monkeypatch.undo()                               # Taichi is to be restarted
 
 
 def main(argv):

@@ -1623,16 +1623,16 @@ def list_launches(m):
 EXPORT_NOTES = dict(
     buffers="Flat, row-major, little-endian, 4 bytes a number. Those with a file have its contents, the others are 0 "
             "at first. Sizes are those of `settings`: another march, rays, block and chunk make others.",
-    launches="By function of tinynerf.py: [kernel, argument, ...] in order, a number or a name each: of a buffer, or of "
-             "what the caller gives: pixels, size and camera of the views to train on, view_bound [n_views, 4], n_rays, "
-             "n_cells, seed, first, limit. `step` is 0 here, and adam_step's learning_rate that of step 0 at a rate of "
-             "1: see adam(). load_weights comes first; a picture is start_tile and then march, forward, until march "
-             "finds nothing: see render_view().",
-    tasks="What Taichi makes of a kernel: SPIR-V 1.3 in kernels/, entry point main, to be dispatched one after the other "
-          "with a barrier between; bindings are of descriptor set 0. The first of two is one thread that computes the "
-          "loop's bounds into `temporaries`, a storage buffer for the second (Taichi gives it 1 MB; it may be bound "
-          "twice). Loops stride by the number of threads: any number of workgroups is right. Taichi's C API does all of "
-          "this: to it, kernels/ is an AOT module.",
+    launches="By function of tinynerf.py: [kernel, argument, ...] in order, a number or a name each: of a buffer, or "
+             "of what the caller gives: pixels, size and camera of the views to train on, view_bound [n_views, 4], "
+             "n_rays, n_cells, seed, first, limit. `step` is 0 here, and adam_step's learning_rate that of step 0 at a "
+             "rate of 1: see adam(). load_weights comes first; a picture is start_tile and then march, forward, until "
+             "march finds nothing: see render_view().",
+    tasks="What Taichi makes of a kernel: SPIR-V 1.3 in kernels/, entry point main, to be dispatched one after the "
+          "other with a barrier between; bindings are of descriptor set 0. The first of two is one thread that "
+          "computes the loop's bounds into `temporaries`, a storage buffer for the second (Taichi gives it 1 MB; it "
+          "may be bound twice). Loops stride by the number of threads: any number of workgroups is right. Taichi's C "
+          "API does all of this: to it, kernels/ is an AOT module.",
     block="`block` is a uniform buffer of block_bytes with the arguments at their offsets: numbers as they are, of an "
           "ndarray 32 bytes: its length in rows as i32, and a pointer at 16 that these kernels do not use.")
 
@@ -1665,6 +1665,10 @@ def command_export(args):
     except UserError:
         raise UserError("export compiles the kernels for Vulkan, and there is no Vulkan driver here",
                         "install one: mesa-vulkan-drivers of Debian and Ubuntu needs no GPU")
+    module = ti.aot.Module(ti.vulkan)                # before any launch: what has run is compiled for this device alone
+    for kernel in vars(k).values():
+        if hasattr(kernel, "_is_wrapped_kernel"):
+            module.add_kernel(kernel)
     if args.init:
         m, filled = Model(MACHINES["cpu"], place_scene(types.SimpleNamespace(capture=False))), ["params", "level"]
         m.initialize(0)
@@ -1676,19 +1680,14 @@ def command_export(args):
     m.settings = {**m.settings, "hash_chunk": 1}     # a GPU has threads enough
     buffers = {name: dict(dtype=str(x.dtype), shape=[*x.shape, *x.element_shape])
                for name, x in named_buffers(m).items()}
-    for name in filled:
-        buffers[name]["file"] = name + ".bin"
     part = f"{os.path.abspath(args.out)}.part-{os.getpid()}"
     try:
         os.makedirs(os.path.join(part, "kernels"))
-        module = ti.aot.Module(ti.vulkan)
-        for kernel in vars(k).values():
-            if hasattr(kernel, "_is_wrapped_kernel"):
-                module.add_kernel(kernel)
         module.save(os.path.join(part, "kernels"))
-        kernels = describe_kernels(read_json(os.path.join(part, "kernels", "metadata.json")))
         for name in filled:
+            buffers[name]["file"] = name + ".bin"
             getattr(m, name).to_numpy().tofile(os.path.join(part, name + ".bin"))
+        kernels = describe_kernels(read_json(os.path.join(part, "kernels", "metadata.json")))
         model = dict(version=VERSION, notes=EXPORT_NOTES, settings=m.settings, space=vars(m.space), buffers=buffers,
                      launches=list_launches(m), kernels=kernels)
         with open(os.path.join(part, "model.json"), "w", encoding="utf-8") as file:
