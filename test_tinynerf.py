@@ -7,8 +7,10 @@ always for a random incoming gradient: with one of all ones, swapped channels or
 
 The environment variable TINYNERF_ARCH (cpu, vulkan, cuda, metal) says where the kernels run.
 """
+import ast
 import errno
 import functools
+import hashlib
 import importlib.util
 import inspect
 import io
@@ -1578,12 +1580,12 @@ def sphere_views(n_views, size=32, phase=0.0, exposures=None):
     return tinynerf.pack_views(views, "mask" if exposures else "background")
 
 
-def train_sphere(seed, steps):
-    """A small model trained on the sphere, and its losses of all steps."""
-    losses, m = [], tinynerf.Model(TINY, BOX, n_levels=3)
+def train_sphere(seed, steps, **settings):
+    """A small model trained on the sphere, and its losses of all steps; the totals have their numbers of rays, too."""
+    lines, m = [], tinynerf.Model({**TINY, **settings}, BOX, n_levels=3)
     views = tinynerf.upload_views(m, sphere_views(12))
-    total = tinynerf.train(m, views, seed, steps, report=lambda **line: losses.append(line["loss"]))
-    return m, np.array(losses), total
+    total = tinynerf.train(m, views, seed, steps, report=lambda **line: lines.append(line))
+    return m, np.array([line["loss"] for line in lines]), dict(total, n_rays=[line["n_rays"] for line in lines])
 
 
 def train_capture(seed, steps):
@@ -1596,12 +1598,15 @@ def train_capture(seed, steps):
     return m, np.array(losses), total
 
 
+# Constants at which what is stored here, and in golden vectors, outlives their tuning; the host looks at every step
+STEADY = dict(DECAY=0.95, LEARNING_RATE=1e-2, FINAL_RATE=1e-3, MIN_LIGHT=0.0185, EMPTY_ALPHA=0.01, DISTORTION=0.001,
+              PLACE=0.4, NEAR=0.1, N_CODE=8, READ_EVERY=1, MESH_LENGTH=1.0,
+              MLPS=dict(density=(3 * F, 1, k.OUTPUT), color=(2 * k.OUTPUT, 2, 3)))
+
+
 @pytest.fixture
 def steady(monkeypatch):
-    """Constants at which what is stored here outlives their tuning, and a look at the loss after every step."""
-    mlps = dict(density=(3 * F, 1, k.OUTPUT), color=(2 * k.OUTPUT, 2, 3))
-    for name, value in dict(DECAY=0.95, LEARNING_RATE=1e-2, FINAL_RATE=1e-3, MIN_LIGHT=0.0185, EMPTY_ALPHA=0.01,
-                            DISTORTION=0.001, PLACE=0.4, NEAR=0.1, N_CODE=8, READ_EVERY=1, MLPS=mlps).items():
+    for name, value in STEADY.items():
         monkeypatch.setattr(tinynerf, name, value)
 
 
@@ -3242,3 +3247,727 @@ def test_commands(tmp_path, monkeypatch, capsys, recwarn):
     assert all(float(ms) > 0 for _, ms in table) and len(table) > 20
     warnings = {str(w.message).strip() for w in recwarn if not issubclass(w.category, DeprecationWarning)}
     assert not warnings, f"{len(warnings)} warnings on the user's terminal, such as: {min(warnings)[:200]}"
+
+
+# ---- Port kit -------------------------------------------------------------------------------------------------------
+
+PORT_KIT = """
+    python test_tinynerf.py golden FILE.npz            golden vectors: what every kernel gets and makes, on the CPU
+    python test_tinynerf.py replay FILE.npz PORT.npz   an example of a port: our own kernels, on TINYNERF_ARCH
+    python test_tinynerf.py check FILE.npz PORT        is a port right? exit code 0, or 1 if a kernel is wrong, or 2 if
+                                                       something cannot be compared; --untouched: see below
+
+FILE.npz is a zip file of .npy files, each a header (128 bytes) and then a flat array of little-endian 4-byte numbers;
+NumPy is not needed to read it.
+    manifest.npy       UTF-8 bytes of a JSON object (the only array of bytes)
+    data/<hash>.npy    a buffer before or after a launch, f32, i32 or u32
+    training/*.npy     pixels, size and camera of 12 views (see load_scene: world units), the same of 2 to test with,
+                       and losses and n_rays of each step of a training run on them
+The manifest has `cases`, in the order of kernels.py, and `training`. A case is one launch of one kernel:
+    case        its name, unique for each kernel: box and space are training steps of a bounded and an unbounded scene,
+                view is a picture, extra are launches with what does not occur there; -2 is a second launch
+    kernel      its name in kernels.py
+    threads     turns of its loop, `workgroup` the size assumed: threads beyond the last turn have to return
+    arguments   in the order of the signature, each with a name and a role: what its docstring says, and what was seen:
+        scalar    dtype, value
+        in        dtype, shape (row-major, what is stored is flat), before: name of the array
+        out       fill: the number that every entry has before; after: name of the array. Entries that the kernel does
+                  not write still have it there: these do not count (with --untouched, they must be left alone)
+        in-out    before and after; all entries count; the launch may change a few, or none
+      atomic      of some: the operation that several threads do on an entry
+      row         of out and in-out, [c, w]: the array is made of rows of c different things, each w numbers
+      tolerance   largest error, relative to the largest entry that this thing has in any row; 0 for integers
+      may_differ  entries that may be further off: more than 0 where a rounding decides which way a kernel goes
+PORT is an .npz file with an array <case>/<kernel>/<argument> for each out and in-out argument, flat, of the same dtype
+and size as `after`; or a folder with such files, <case>/<kernel>/<argument>.bin, raw little-endian numbers.
+A port is fed from FILE.npz for each launch: its errors do not add up. When all kernels pass, it can train: with the
+manifest's `training` (settings and constants as in tinynerf.py) and on training/*, it may put its own losses and the
+PSNR of the test views (one f32) into training/losses and training/psnr, which are then compared: the first n losses
+within a relative tolerance, for each [n, tolerance], and the PSNR with a band.
+"""
+WORKGROUP = 64
+FILLS = [dict(f=-77.0, i=-77, u=2**32 - 77), dict(f=55.0, i=55, u=55)]       # of `out` buffers before a launch
+KINDS = {"f32": "<f4", "i32": "<i4", "u32": "<u4"}
+TOLERANCE = 1e-5
+ROUNDED = {"mark_visible_cells", "count_samples", "write_samples", "mark_visible_samples", "mark_lit_cells"}
+
+
+def read_roles(kernel):
+    """What a docstring says of a kernel's buffers: {name: (role, [numbers in a row that are of different kinds, numbers
+    of an element], atomic operation or None)}. ValueError if it does not speak of all of them, once."""
+    doc, name, roles = inspect.cleandoc(kernel.__doc__), kernel.__name__, {}
+    atomic = " ".join(re.findall(r"^atomic +(.*(?:\n +.*)*)", doc, re.M))
+    atomic = {buffer: what for what, buffer in re.findall(r"([fiu]32 \w+) on (\w+)", atomic)}
+    buffers = {a: getattr(p.annotation.dtype, "n", 1) for a, p in inspect.signature(kernel).parameters.items()
+               if isinstance(p.annotation, type(k.f32buf))}
+    for names, shape, role in re.findall(
+            r"^((?:\w+, )*\w+)(?: +(\[.*?\](?: rows of \w+)?|see above) +|  +)(in-out|in|out)(?: |$)", doc, re.M):
+        if set(names.split(", ")) <= set(buffers):
+            width = re.search(r"rows of (\w+)|$", shape)[1]
+            columns = int(re.search(r", (\d+)\]|$", shape)[1] or 1)
+            for a in names.split(", "):
+                if a in roles or width not in (None, "F" if buffers[a] == F else str(buffers[a])):
+                    raise ValueError(f"{name}: the docstring says twice or wrongly what {a} is")
+                roles[a] = role, [columns, buffers[a]], atomic.pop(a, None)
+    if set(roles) != set(buffers) or atomic:
+        raise ValueError(f"{name}: the docstring does not say what {set(buffers) ^ set(roles) or set(atomic)} is")
+    return roles
+
+
+def count_threads(kernel, values):
+    """Turns of a kernel's loop: what stands before it, and its range, run as Python."""
+    *before, loop = ast.parse(inspect.getsource(kernel)).body[0].body
+    names = {**vars(k), **values}
+    exec(compile(ast.Module(before, []), "kernels.py", "exec"), names)
+    return len(range(*(eval(compile(ast.Expression(bound), "kernels.py", "eval"), names) for bound in loop.iter.args)))
+
+
+def replay(kernel, case, arrays, fills=FILLS[0]):
+    """What a kernel makes of a case: {argument: flat array} of all buffers. With the kernels of another language behind
+    it, this is what a port has to do."""
+    values = {}
+    for a, p in zip(case["arguments"], inspect.signature(kernel).parameters.values()):
+        if a["role"] == "scalar":
+            values[a["name"]] = a["value"]
+        else:
+            kind, width = p.annotation.dtype, getattr(p.annotation.dtype, "n", 1)
+            x = (np.full(math.prod(a["shape"]), fills[a["dtype"][0]], KINDS[a["dtype"]]) if a["role"] == "out"
+                 else arrays[a["before"]])
+            values[a["name"]] = ti.ndarray(kind, x.size // width)
+            values[a["name"]].from_numpy(x.reshape((-1, width) if width > 1 else -1))
+    kernel(*values.values())
+    return {name: x.to_numpy().ravel() for name, x in values.items() if isinstance(x, ti.Ndarray)}
+
+
+def same(x, y):
+    """Which entries have the same bits."""
+    return x.view("u4") == y.view("u4")
+
+
+def make_case(scene, kernel, values, arrays):
+    """A launch as a case, its arrays added to `arrays`; values: by argument, numbers or flat arrays from before. Also
+    the buffers that it changed. ValueError if it does to a buffer what the docstring does not say."""
+    roles, name = read_roles(kernel), kernel.__name__
+    case = dict(case=scene, kernel=name, threads=count_threads(kernel, values), arguments=[])
+
+    def store(x):
+        key = "data/" + hashlib.sha256(x.dtype.str.encode() + x.tobytes()).hexdigest()[:16]
+        arrays[key] = x
+        return key
+
+    for a, p in inspect.signature(kernel).parameters.items():
+        if a in roles:
+            role, row, atomic = roles[a]
+            dtype = {"f": "f32", "i": "i32", "u": "u32"}[values[a].dtype.kind]
+            shape = [values[a].size // math.prod(row)] + [n for n in row if n > 1]
+            before = dict(fill=FILLS[0][dtype[0]]) if role == "out" else dict(before=store(values[a]))
+            case["arguments"].append(dict(name=a, role=role, dtype=dtype, shape=shape, **before))
+            if atomic:
+                case["arguments"][-1]["atomic"] = atomic
+        else:
+            kind = np.float32 if p.annotation is ti.f32 else np.int32
+            case["arguments"].append(dict(name=a, role="scalar", dtype="f32" if kind is np.float32 else "i32",
+                                          value=kind(values[a]).item()))
+    after, again = (replay(kernel, case, arrays, fills) for fills in FILLS)
+    changed = set()
+    for a in case["arguments"]:
+        if a["role"] in ("in", "scalar"):
+            if a["role"] == "in" and not same(after[a["name"]], values[a["name"]]).all():
+                raise ValueError(f"{name}: the docstring says that {a['name']} is in, and the kernel writes it")
+            continue
+        x, y, kind = after[a["name"]], again[a["name"]], a["dtype"][0]
+        if a["role"] == "out":
+            before = [np.full_like(x, fills[kind]) for fills in FILLS]
+            if not (same(x, y) & ~same(x, before[0]) | same(x, before[0]) & same(y, before[1])).all():
+                raise ValueError(f"{name}: the docstring says that {a['name']} is out, and its old entries matter")
+        else:
+            before = [values[a["name"]]]
+        if not same(x, before[0]).all():
+            changed.add(a["name"])
+        share = 0.005 if name in ROUNDED else 0.0
+        a.update(after=store(x), tolerance=TOLERANCE if kind == "f" else 0.0, may_differ=int(share * x.size),
+                 row=roles[a["name"]][1])
+    return case, changed
+
+
+def golden_scene(rng, space, n_rays, capacity, n_steps, hash_chunk):
+    """A training step of a model with random parameters, on views of three lenses, and what else belongs to training; a
+    picture of the bounded scene."""
+    size = sizes((19, 13, 0), (17, 11, 1), (12, 16, 0))
+    n_pixels, n_photos = (size[:, 1] * size[:, 2]).sum(), len(size) * space.unbounded
+    m, *_ = small_model(rng, tinynerf.level_layout(COARSE, 3), space, n_photos, march=capacity, rays=n_rays, block=2,
+                        train_steps=n_steps, render_steps=2 * n_steps, chunk=137, hash_chunk=hash_chunk)
+    camera = np.array([look_at([1.6, 0.9, 1.1 - v / 3], [0.5, 0.5 + v / 9, 0.5], 15, width, height)
+                       for v, (_, width, height, _) in enumerate(size)])
+    camera[1:, 16:] = [0.1, -0.02, 0.01, -0.01, 0.01, 0.02]
+    rgba = rng.integers(0, 256, (n_pixels, 4), np.uint8)
+    rgba[rng.random(n_pixels) < 0.7, 3] = 255
+    views = types.SimpleNamespace(pixels=buf(rgba.view("<u4")), size=buf(size), camera=buf(camera), n=len(size),
+                                  alpha="mask" if space.unbounded else "background")
+    bound = buf(np.zeros((len(size), 4)))
+    k.bound_views(len(size), views.size, views.camera, bound)
+    k.mark_visible_cells(16, space.unbounded, len(size), space.near, views.camera, bound, m.density_grid)
+    grid = m.density_grid.to_numpy()
+    known = rng.choice([k.UNKNOWN, 0.5, 1e-3], len(grid), p=[0.02, 0.38, 0.6]) * rng.uniform(0.5, 1, len(grid))
+    m.density_grid.from_numpy(np.where(grid < 0, grid, known).astype(np.float32))
+    m.lit_step.from_numpy(rng.integers(0, 300, len(grid)).astype(np.int32))
+    m.moment.from_numpy(rng.uniform(0, 1e-4, (2 * m.n_rows, F)).astype(np.float32))
+    tinynerf.pack_occupancy(m, 300, 150)
+    tinynerf.train_step(m, n_rays, views, 3, 300, 1e-2)
+    tinynerf.update_occupancy(m, 500, 300, 3, 301)
+    return m, camera
+
+
+def golden_launches(rng, scene):
+    """Every kernel of kernels.py, launched in what it is there for; scene(name) says what the next launches are."""
+    scene("box")
+    m, camera = golden_scene(rng, BOX, 301, 640, 12, 640)
+    scene("view")
+    world = camera[1].copy()
+    world[3:12:4] = (world[3:12:4] - 0.5) * BOX.side
+    tinynerf.render_view(m, world.astype(np.float32), 17, 11, 1)
+    scene("mesh")
+    tinynerf.extract_mesh(m, 8)
+    scene("space")
+    golden_scene(rng, SPACE, 299, 700, 16, 7)
+
+    scene("extra")
+    k.list_pixels(131, 17, *(buf(np.zeros(140, np.int32)) for _ in range(3)))
+    tinynerf.Model({**TINY, **COARSE, "grid": 16, "march": 64, "rays": 64}, BOX, n_levels=3).initialize(7)
+    n, grid = 131, 64
+    size = sizes(*[(3 + v % 4, 2 + v % 3, v % 2) for v in range(n)])
+    camera = np.array([look_at(rng.normal(size=3) * 1.5 + 0.5, rng.uniform(0.2, 0.8, 3), 4, *view[1:3])
+                       for view in size])
+    camera[:, 16:] = rng.uniform(-0.05, 0.05, (n, 6))
+    k.bound_views(n, buf(size), buf(camera), buf(np.zeros((n, 4))))
+    k.sum_density_grid(4001, 30, buf(uniform(rng, 4001)), buf(np.zeros((134, 2))))
+    occupied = np.zeros(grid**3)
+    occupied[rng.integers(0, grid**3, 70)] = 1
+    k.pack_blocks(grid, buf(occupancy_model(occupied > 0)))
+    layout, x = tinynerf.level_layout(COARSE, 3), uniform(rng, 331, 5, low=0)
+    k.hash_encode_backward(3, 67, 5, count(331), buf(layout), buf(x), rows(uniform(rng, 331, 3 * F)),
+                           rowsF(np.zeros(F * layout[:, 2].sum())))
+    k.sum_partials(777, 50, 800, 9, count(n), buf(uniform(rng, 3, 800)), rowsF(uniform(rng, 800)))
+    k.code_backward(6, 10, 150, 1, count(n), buf(np.arange(n)), buf(rng.integers(0, 5, n)), rows(uniform(rng, n, 38)),
+                    rowsF(np.zeros(40)))
+    raw = rows(uniform(rng, n, k.OUTPUT, low=-20, high=20), k.OUTPUT)        # far beyond RAW_SIGMA_MAX
+    k.density_head_forward(count(n), raw, buf(np.zeros((n, 4))))
+    pixel = uniform(rng, n, 4, low=0)
+    pixel[7, 1] = 1e30                               # whose square is infinite
+    k.loss_and_gradient(n, 1, 0, 3, 12, count(n), buf(np.arange(n)), buf(rng.integers(0, 2**32, n, np.uint32)),
+                        buf(np.full(n, k.END)), buf(pixel), buf(np.zeros(n)), buf(np.zeros((n, 4))),
+                        buf(np.array([k.NEVER])))
+
+
+def golden_training(arrays):
+    """A training run for a port that has all kernels: its losses, and a band for its PSNR. With 8 other seeds that is
+    16.9 to 19.4 dB; on Vulkan the first 10 losses differ by 1.5e-6 of theirs, all of them by 5.3e-4."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in STEADY.items():
+            patch.setattr(tinynerf, name, value)
+        m, losses, total = train_sphere(0, 100, hash_chunk=2048)
+        for name, views in (("", sphere_views(12)), ("test_", sphere_views(2, phase=1.0))):
+            arrays.update({f"training/{name}{x}": getattr(views, x).ravel() for x in ("pixels", "size", "camera")})
+        arrays.update({"training/losses": losses.astype("<f4"), "training/n_rays": np.array(total["n_rays"], "<i4")})
+        return dict(seed=0, steps=100, n_levels=3, settings=m.settings, constants=STEADY, space=vars(BOX),
+                    tolerance=[[10, 1e-3], [100, 2e-2]], psnr=[16.0, 20.5],
+                    psnr_here=tinynerf.evaluate(m, views)["psnr"])
+
+
+def golden(path):
+    """Write golden vectors, see PORT_KIT. ValueError if a kernel is not launched, or its docstring does not say what it
+    does to its buffers."""
+    cases, arrays, scene, written = [], {}, [None], {}
+
+    def take(name, kernel):
+        def launch(*arguments):
+            names = inspect.signature(kernel).parameters
+            values = {a: x.to_numpy().ravel() if isinstance(x, ti.Ndarray) else x for a, x in zip(names, arguments)}
+            kernel(*arguments)
+            n = sum(case["kernel"] == name and case["case"].split("-")[0] == scene[0] for case in cases)
+            if n < 2:                                # more would say little more
+                case, changed = make_case(scene[0] + "-2" * n, kernel, values, arrays)
+                cases.append(case)
+                written.setdefault(name, set()).update(changed)
+        return launch
+
+    with tinynerf.wrapped_kernels(take):
+        golden_launches(np.random.default_rng(1), lambda name: scene.__setitem__(0, name))
+    for name, kernel in KERNELS.items():
+        for a, (role, *_) in read_roles(kernel).items():
+            if role != "in" and a not in written.get(name, ()):
+                raise ValueError(f"{name} is not launched here, or never writes {a}: see golden_launches")
+    cases.sort(key=lambda case: list(KERNELS).index(case["kernel"]))
+    manifest = dict(format=1, workgroup=WORKGROUP, cases=cases, training=golden_training(arrays))
+    np.savez_compressed(path, manifest=np.frombuffer(json.dumps(manifest).encode(), np.uint8), **arrays)
+
+
+class Unusable(Exception):
+    """A file that cannot be compared."""
+
+
+def read_port(path, keys=()):
+    """The arrays of an .npz file, or of a folder of .bin files whose names and types are `keys`."""
+    try:
+        if os.path.isdir(path):
+            files = {key: os.path.join(path, *key.split("/")) + ".bin" for key in keys}
+            return {key: np.frombuffer(open(file, "rb").read(), keys[key]) for key, file in files.items()
+                    if os.path.exists(file)}
+        with np.load(path, allow_pickle=False) as file:
+            return dict(file)
+    except Exception as error:                       # zip, zlib and NumPy each have errors of their own
+        raise Unusable(f"cannot read {path}: {tinynerf.one_line(error)}")
+
+
+def compare_argument(a, want, got, untouched):
+    """(largest error of the entries that count, what is wrong or None) of an output."""
+    is_float = a["dtype"] == "f32"
+    fill = np.full_like(want, a.get("fill", 0))
+    counts = ~same(want, fill) if a["role"] == "out" else np.ones(len(want), bool)
+    if not is_float:
+        error = (got != want).astype(float)
+    else:
+        with np.errstate(all="ignore"):
+            number = np.where(counts & np.isfinite(want), np.abs(want.astype(float)), 0).reshape([-1] + a["row"])
+            scale = number.max((0, 2), keepdims=True)
+            scale = np.broadcast_to(np.where(scale > 0, scale, number.max() or 1), number.shape).ravel()
+            error = np.abs(got.astype(float) - want) / scale
+        error = np.where(same(got, want) | np.isnan(got) & np.isnan(want), 0, np.where(np.isnan(error), np.inf, error))
+    error = np.where(counts, error, 0)
+    wrong, spilt = (error > a["tolerance"]).sum(), 0 if not untouched else (~counts & ~same(got, fill)).sum()
+    at = int((error if wrong > a["may_differ"] else ~counts & ~same(got, fill)).argmax())
+    where = ", ".join(map(str, np.unravel_index(at, a["shape"])))
+    text = f"{a['name']}[{where}] is {got[at]:.7g}, expected {want[at]:.7g}" if is_float else (
+        f"{a['name']}[{where}] is {got[at]}, expected {want[at]}")
+    if wrong > a["may_differ"]:
+        return error.max(), f"{text}; {wrong} of {counts.sum()} entries"
+    return np.sort(error)[-1 - a["may_differ"]], f"{text}, untouched; {spilt} entries" if spilt else None
+
+
+def check(path, port_path, untouched=False):
+    """Compare a port's results with golden vectors and print a line for each kernel; the exit code, see PORT_KIT."""
+    try:
+        golden_arrays = read_port(path)
+        if "manifest" not in golden_arrays:
+            raise Unusable(f"{path} has no manifest: is it what 'golden' wrote?")
+        manifest, missing, n_wrong = json.loads(golden_arrays["manifest"].tobytes()), [], 0
+        cases = manifest["cases"]
+        outputs = {f"{case['case']}/{case['kernel']}/{a['name']}": (case["kernel"], a)
+                   for case in cases for a in case["arguments"] if "after" in a}
+        port = read_port(port_path, {**{key: KINDS[a["dtype"]] for key, (_, a) in outputs.items()},
+                                     "training/losses": "<f4", "training/psnr": "<f4"})
+    except Unusable as error:
+        print(error)
+        return 2
+    print(f"{'kernel':24s} outputs    error  verdict")
+    for kernel in dict.fromkeys(case["kernel"] for case in cases):
+        errors, lines = [], []
+        for key, (_, a) in ((key, output) for key, output in outputs.items() if output[0] == kernel):
+            want, got = golden_arrays[a["after"]], port.pop(key, None)
+            if got is None:
+                missing.append(f"{key} is missing")
+            elif got.dtype != want.dtype or got.shape != want.shape:
+                missing.append(f"{key} is {got.dtype} {list(got.shape)}, not {want.dtype} {list(want.shape)}")
+            else:
+                error, wrong = compare_argument(a, want, got, untouched)
+                errors.append(error)
+                lines += [f"{key.rsplit('/', 1)[0]}: {wrong}"] if wrong else []
+        n_wrong += bool(lines)
+        verdict = "WRONG" if lines else "pass" if errors else "not there"
+        print("\n    ".join([f"{kernel:24s} {len(errors):7d}  {max(errors, default=0):.1e}  {verdict}"] + lines))
+    losses, psnr, here = port.pop("training/losses", None), port.pop("training/psnr", None), manifest["training"]
+    if losses is not None and psnr is not None:
+        want = golden_arrays["training/losses"]
+        lines = [f"loss {i} is {losses[i]:.6f}, expected {want[i]:.6f}" for n, tolerance in here["tolerance"]
+                 for i in [np.abs(losses[:n] / want[:n] - 1).argmax()] if not abs(losses[i] / want[i] - 1) < tolerance]
+        if not here["psnr"][0] < psnr[0] < here["psnr"][1]:
+            lines += [f"PSNR is {psnr[0]:.2f} dB, expected {here['psnr'][0]} to {here['psnr'][1]}"]
+        n_wrong += bool(lines)
+        print("\n    ".join([f"{'training':43s}{'WRONG' if lines else 'pass'}"] + lines))
+    missing += [f"{key} is no output of any case" for key in port]
+    print("\n".join(missing[:10] + [f"... and {len(missing) - 10} more"] * (len(missing) > 10)))
+    return 1 if n_wrong else 2 if missing else 0
+
+
+def replay_all(path):
+    """All outputs of all cases, by our own kernels where Taichi runs now."""
+    arrays = read_port(path)
+    port = {}
+    for case in json.loads(arrays["manifest"].tobytes())["cases"]:
+        made = replay(KERNELS[case["kernel"]], case, arrays)
+        port.update({f"{case['case']}/{case['kernel']}/{a['name']}": made[a["name"]]
+                     for a in case["arguments"] if "after" in a})
+    return port
+
+
+@pytest.fixture(scope="session")
+def golden_files(tmp_path_factory):
+    """Golden vectors, written by the command, and what they say: path, manifest, arrays, the reference's outputs."""
+    path = str(tmp_path_factory.mktemp("golden") / "golden.npz")
+    subprocess.run([sys.executable, os.path.join(HERE, "test_tinynerf.py"), "golden", path], check=True)
+    arrays = read_port(path)
+    manifest = json.loads(arrays["manifest"].tobytes())
+    outputs = {f"{case['case']}/{case['kernel']}/{a['name']}": arrays[a["after"]]
+               for case in manifest["cases"] for a in case["arguments"] if "after" in a}
+    return types.SimpleNamespace(path=path, manifest=manifest, arrays=arrays, outputs=outputs)
+
+
+# Of these there is a single thread, or they fill whole workgroups always
+WHOLE = {"find_threshold": 1, "scan_blocks": 1, "pack_blocks": 128, "pack_occupancy": 128, "mark_visible_cells": 4096,
+         "load_weights": 2560}
+
+
+def test_golden(golden_files):
+    """A kernel has no golden vectors, these are too large, or a port would pass with one workgroup, whole workgroups or
+    one chunk; or a docstring says nothing of an atomic."""
+    assert os.path.getsize(golden_files.path) < 5e6
+    print(f"{os.path.getsize(golden_files.path) / 1e6:.2f} MB, {len(golden_files.manifest['cases'])} cases")
+    assert all(x.dtype.str in ("<f4", "<i4", "<u4") and x.ndim == 1
+               for name, x in golden_files.arrays.items() if name != "manifest")
+    cases = golden_files.manifest["cases"]
+    for name, kernel in KERNELS.items():
+        mine = [case for case in cases if case["kernel"] == name]
+        assert mine, f"{name} has no golden vectors: launch it in golden_launches"
+        threads = [case["threads"] for case in mine]
+        assert any(n > 2 * WORKGROUP and n % WORKGROUP for n in threads) or (
+            WHOLE.get(name) in threads), name
+        for case in mine:
+            assert [a["name"] for a in case["arguments"]] == list(inspect.signature(kernel).parameters)
+        atomics = set(re.findall(r"ti\.atomic_(\w+)\((\w+)", inspect.getsource(kernel)))
+        assert atomics == {(role[2].split()[1], a) for a, role in read_roles(kernel).items() if role[2]}, name
+    chunks = {case["case"]: -(-int(golden_files.arrays[a["before"]][0]) // 137) for case in cases
+              for a in case["arguments"] if case["kernel"] == "mlp_backward_weight" and a["name"] == "counter"}
+    assert len(chunks) == 4 and min(chunks.values()) >= 2, chunks
+    assert sum(len(case["arguments"]) for case in cases) > 500
+
+
+def test_port(golden_files, tmp_path, capsys):
+    """Our own kernels, as a port to this arch, do not pass, on a CPU not to the bit; or a folder of files does not."""
+    port = replay_all(golden_files.path)
+    in_any_order = {f"{case['case']}/{case['kernel']}/{a['name']}" for case in golden_files.manifest["cases"]
+                    for a in case["arguments"] if a.get("atomic") == "f32 add"}
+    for key, x in port.items():
+        assert not ON_CPU or key in in_any_order or same(x, golden_files.outputs[key]).all(), key
+    np.savez(tmp_path / "port.npz", **port)
+    code = check(golden_files.path, str(tmp_path / "port.npz"), untouched=True)
+    out = capsys.readouterr().out
+    print(out)
+    assert code == 0 and out.count(" pass") == len(KERNELS)
+    for key, x in golden_files.outputs.items():
+        (tmp_path / key).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / (key + ".bin")).write_bytes(x.tobytes())
+    assert check(golden_files.path, str(tmp_path)) == 0
+
+
+def changed_kernels(tmp_path, name, old, new):
+    """kernels.py with another text in it, as a module."""
+    with open(os.path.join(HERE, "kernels.py"), encoding="utf-8") as file:
+        text = file.read()
+    at = text.index(f"def {name}(")                  # of the kernel, or of a function that it calls
+    assert old in text[at:], f"{name} has no {old}"
+    path = tmp_path / f"changed_{abs(hash((name, old, new)))}.py"
+    path.write_text(text[:at] + text[at:].replace(old, new, 1), encoding="utf-8")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# Mistakes of a port: the kernel whose golden vectors must show it, where it is made, what is there and what a port has
+PORT_BUGS = {
+    "a wrong constant of the hash": ("pick_pixels", "hash_u32", "277803737", "277803735"),
+    "streams swapped": ("pick_pixels", "pick_pixels", "STREAM_VIEW", "STREAM_PIXEL"),
+    "off by half a pixel": ("generate_rays", "generate_rays", "size[4 * v + 1] + 0.5,", "size[4 * v + 1],"),
+    "y down": ("generate_rays", "lens_direction", "direction = vec3(x, -y, -1.0)", "direction = vec3(x, y, -1.0)"),
+    "contraction without its 2": ("contract_samples", "contract", "(2.0 - 1.0 /", "(1.0 - 1.0 /"),
+    "bits of a word reversed": ("pack_occupancy", "pack_occupancy", "<< ti.u32(c)", "<< ti.u32(31 - c)"),
+    "dark bits of another word": ("count_samples", "next_sample", "n * n * n * 130", "n * n * n * 2"),
+    "an inclusive scan": ("scan_blocks", "scan_blocks", "block_start[b] = samples\n                samples += total",
+                          "samples += total\n                block_start[b] = samples"),
+    "a wrong prime": ("hash_encode_forward", "grid_slot", "805459861", "805459863"),
+    "corners swapped": ("hash_encode_backward", "corner_weight", "(corner >> c) & 1", "(corner >> (2 - c)) & 1"),
+    "weights transposed": ("load_weights", "load_weights", "weight_t[column][row] = w", "weight_t[row][column] = w"),
+    "no ReLU on the way back": ("mlp_backward_input", "mlp_backward_input",
+                                "ti.select(hidden[h] > 0.0, g, row64(0.0))", "g"),
+    "one chunk": ("sum_partials", "sum_partials", "range((counter[0] + chunk - 1) // chunk)", "range(1)"),
+    "one workgroup": ("adam_step", "adam_step", "range(n_rows)", "range(ti.min(n_rows, 64))"),
+    "no end": ("color_head_forward", "color_head_forward", "range(counter[0])", "range(counter[0] + 20)"),
+    "an unclamped exponent": ("density_head_forward", "density_head_forward",
+                              "ti.min(geometry[i][0], RAW_SIGMA_MAX)", "geometry[i][0]"),
+    "a sign of a harmonic": ("color_input_forward", "color_input_forward", "-0.48860251 * x", "0.48860251 * x"),
+    "codes not scaled": ("code_backward", "code_backward", "CODE_SCALE * ", ""),
+    "T before the sample": ("composite_backward", "composite_backward", "(T * rgb_sigma", "((T + w) * rgb_sigma"),
+    "no dt": ("composite_backward", "composite_backward", "sample[5 * i + 4] * gain", "gain"),
+    "channels swapped": ("loss_and_gradient", "loss_and_gradient", "word >> (8 * c)", "word >> (16 - 8 * c)"),
+    "no 1/N": ("loss_and_gradient", "loss_and_gradient", "(3.0 * ti.max(counter[1], 1))", "3.0"),
+    "no square in Adam": ("adam_step", "adam_step", "(1.0 - beta_2) * g * g", "(1.0 - beta_2) * g"),
+}
+
+
+@pytest.mark.parametrize("bug", PORT_BUGS)
+def test_port_bugs(golden_files, tmp_path, capsys, bug):
+    """A mistake of a port is not seen."""
+    kernel, where, old, new = PORT_BUGS[bug]
+    module, port = changed_kernels(tmp_path, where, old, new), dict(golden_files.outputs)
+    for case in golden_files.manifest["cases"]:
+        if case["kernel"] == kernel:
+            made = replay(getattr(module, kernel), case, golden_files.arrays)
+            port.update({f"{case['case']}/{kernel}/{a['name']}": made[a["name"]]
+                         for a in case["arguments"] if "after" in a})
+    np.savez(tmp_path / "port.npz", **port)
+    assert check(golden_files.path, str(tmp_path / "port.npz"), untouched=bug == "no end") == 1
+    out = capsys.readouterr().out
+    print(out[out.index(kernel):].split("\n    ")[1].splitlines()[0])
+    assert re.findall(r"^(\w+) .*WRONG", out, re.M) == [kernel]
+
+
+@pytest.mark.parametrize("name, old, new, what", [
+    ("scan_blocks", "in-out  first sample", "out     first sample", "block_start is out"),
+    ("color_head_forward", "out   [0:3]", "in    [0:3]", "rgb_sigma is in"),
+    ("mark_lit_cells", "in      from mark_visible", "all     from mark_visible", "{'keep'}"),
+    ("bound_views", "[n_views, 22]  in", "[n_views, 22]", "{'camera'}"),
+    ("loss_and_gradient", "i32 min on bad_step", "i32 min on worst_step", "{'worst_step'}")])
+def test_wrong_docstrings(golden_files, tmp_path, name, old, new, what):
+    """A docstring that does not say what a kernel does to its buffers goes unnoticed."""
+    kernel = getattr(changed_kernels(tmp_path, name, old, new), name)
+    case = next(case for case in golden_files.manifest["cases"] if case["kernel"] == name)
+    values = {a["name"]: a["value"] if a["role"] == "scalar" else golden_files.arrays[a["before"]] if "before" in a else
+              np.zeros_like(golden_files.arrays[a["after"]]) for a in case["arguments"]}
+    with pytest.raises(ValueError, match=re.escape(what)):
+        make_case("any", kernel, values, {})
+
+
+def test_check_mistakes(golden_files, tmp_path, capsys):
+    """Ports that cannot be compared end in a traceback, or are passed."""
+    path, key = str(tmp_path / "port.npz"), "box/composite_forward/pixel"
+
+    def says(code, word, golden_path=golden_files.path, **changes):
+        port = {name: x for name, x in {**golden_files.outputs, **changes}.items() if x is not None}
+        np.savez(path, **port)
+        assert check(golden_path, path) == code
+        assert word in capsys.readouterr().out
+    x = golden_files.outputs[key]
+    says(0, "pass")
+    says(2, f"{key} is missing", **{key: None})
+    says(2, f"{key} is float64", **{key: x.astype(float)})
+    says(2, f"{key} is float32 [{x.size - 4}], not float32 [{x.size}]", **{key: x[:-4]})
+    says(2, "box/composite/pixel is no output", **{"box/composite/pixel": x})
+    says(1, f"pixel[1, 2] is nan, expected {x[6]:.7g}; 1 of", **{key: np.where(np.arange(x.size) == 6, np.nan, x)})
+    says(2, "has no manifest", golden_path=path)
+    losses = golden_files.arrays["training/losses"]
+    here, far = np.float32([golden_files.manifest["training"]["psnr_here"]]), np.float32([15.0])
+    says(0, "training                                   pass", **{"training/losses": losses, "training/psnr": here})
+    says(1, "PSNR is 15.00 dB", **{"training/losses": losses, "training/psnr": far})
+    says(1, "loss 9 is", **{"training/losses": losses * (1 + 0.002 * (np.arange(100) == 9)), "training/psnr": here})
+    with open(path, "rb") as file:
+        whole = file.read()
+    for content in (whole[:len(whole) // 2], whole[:1000] + bytes(4000) + whole[5000:], b"", b"nothing"):
+        with open(path, "wb") as file:
+            file.write(content)
+        for paths in ((golden_files.path, path), (path, golden_files.path)):
+            assert check(*paths) == 2
+            assert "cannot read" in capsys.readouterr().out
+    assert check(golden_files.path, str(tmp_path / "nothing.npz")) == 2
+    assert main(["check", golden_files.path, str(tmp_path)]) == 2            # a folder with nothing in it
+    assert main([]) == main(["golden"]) == main(["paint", path]) == 2
+    assert "is missing" in capsys.readouterr().out
+
+
+# ---- Export ---------------------------------------------------------------------------------------------------------
+
+def test_launch_lists(steady):
+    """Who launches what an export lists gets another model, or another picture, than training and rendering do."""
+    shown, n_rays = sphere_views(4, exposures=[0.5, 1.0]), 200
+    settings = {**TINY, "march": 4096, "hash_chunk": 4096 if ON_CPU else 1}
+    models = [tinynerf.Model(settings, SPACE, 8, 3) for _ in range(2)]
+    for m in models:
+        m.view_camera.from_numpy(tinynerf.to_cube(shown.camera[:1], SPACE).ravel())
+        m.view_size.from_numpy(np.array([0, 32, 32, 0], np.int32))
+    m, other = models
+    views, bound = tinynerf.upload_views(m, shown), buf(np.zeros((8, 4)))
+    m.initialize(3)
+    tinynerf.start_occupancy(m, views, bound)
+    tinynerf.train_step(m, n_rays, views, 3, 0, 0.01)
+    tinynerf.update_occupancy(m, 300, 70, 3, 0)
+    tinynerf.start_tile(m, n_rays, 40)
+    tinynerf.march(m, n_rays, 8, 32)
+    tinynerf.forward(m, n_rays, 32, m.first_code + 8 * m.n_code)
+
+    given = {**tinynerf.named_buffers(other), **{f"views.{name}": x for name, x in vars(views).items()}, "seed": 3,
+             "n_rays": n_rays, "view_bound": bound, "n_cells": 300, "first": 70, "limit": 8}
+    lists = json.loads(json.dumps(tinynerf.list_launches(other)))
+    assert {launch[0] for part in lists.values() for launch in part} == set(KERNELS) - {
+        "place_lattice_samples", "lattice_opacity", "count_mesh", "write_vertices", "write_triangles", "load_vertices"}
+    assert len(lists) == 8
+    for part in lists:                               # which are in the order that is right here
+        given["first"] = 40 if part == "start_tile" else 70
+        for name, *arguments in lists[part]:
+            if name == "adam_step":
+                arguments[1] *= 0.01                 # it is there for a rate of 1
+            getattr(k, name)(*[given[x] if isinstance(x, str) else x for x in arguments])
+    for name in ("density_grid", "params", "pixel"):
+        assert_close(name, given[name].to_numpy(), getattr(m, name).to_numpy(), 1e-6 if ON_CPU else 1e-2)
+    assert m.counter.to_numpy()[0] > 100 and len(np.unique(m.pixel.to_numpy())) > 300
+
+
+HOST = """
+import ctypes as c, json, math, os, sys, numpy as np
+
+folder, golden, port, taichi = sys.argv[1:]          # it does not import Taichi, it uses the C API that comes along
+os.environ["TI_LIB_DIR"] = os.path.join(taichi, "_lib", "c_api", "runtime")
+lib = c.CDLL(os.path.join(taichi, "_lib", "c_api", "lib", "libtaichi_c_api.so"))
+class Shape(c.Structure):
+    _fields_ = [("n", c.c_uint32), ("dims", c.c_uint32 * 16)]
+class Ndarray(c.Structure):
+    _fields_ = [("memory", c.c_void_p), ("shape", Shape), ("element", Shape), ("type", c.c_int32)]
+class Value(c.Union):
+    _fields_ = [("i32", c.c_int32), ("f32", c.c_float), ("ndarray", Ndarray)]
+class Argument(c.Structure):
+    _fields_ = [("type", c.c_int64), ("value", Value)]
+def call(name, *arguments):
+    getattr(lib, name).restype = c.c_void_p
+    return c.c_void_p(getattr(lib, name)(*arguments))
+runtime = call("ti_create_runtime", 1, 0)            # Vulkan
+module = call("ti_load_aot_module", runtime, os.path.join(folder, "kernels").encode())
+with open(os.path.join(folder, "model.json")) as file:
+    kernels = json.load(file)["kernels"]
+arrays, port_arrays = dict(np.load(golden)), {}
+for case in json.loads(arrays["manifest"].tobytes())["cases"]:
+    arguments, memories = (Argument * len(case["arguments"]))(), []
+    for x, a, its in zip(arguments, case["arguments"], kernels[case["kernel"]]["arguments"]):
+        if a["role"] == "scalar":
+            x.type = ("i32", "f32").index(a["dtype"])
+            setattr(x.value, a["dtype"], a["value"])
+            continue
+        value = arrays[a["before"]] if "before" in a else np.full(
+            math.prod(a["shape"]), a["fill"], {"f32": "<f4", "i32": "<i4", "u32": "<u4"}[a["dtype"]])
+        flags = (c.c_uint64 * 3)(value.nbytes, 1 | 1 << 32, 1 << 32)         # storage; the host reads and writes
+        memory = call("ti_allocate_memory", runtime, flags)
+        c.memmove(call("ti_map_memory", runtime, memory), value.ctypes.data, value.nbytes)
+        call("ti_unmap_memory", runtime, memory)
+        x.type, nd = 2, x.value.ndarray
+        nd.memory, nd.type = memory, {"f32": 1, "i32": 5, "u32": 10}[a["dtype"]]
+        nd.shape.n, nd.shape.dims[0] = 1, value.size // its["width"]
+        nd.element.n, nd.element.dims[0] = its["width"] > 1, its["width"]
+        memories.append((a, memory, value))
+    kernel = call("ti_get_aot_module_kernel", module, case["kernel"].encode())
+    call("ti_launch_kernel", runtime, kernel, len(arguments), arguments)
+    call("ti_wait", runtime)
+    for a, memory, value in memories:
+        got = c.string_at(call("ti_map_memory", runtime, memory), value.nbytes)
+        call("ti_unmap_memory", runtime, memory)
+        call("ti_free_memory", runtime, memory)
+        if "after" in a:
+            port_arrays[case["case"] + "/" + case["kernel"] + "/" + a["name"]] = np.frombuffer(got, value.dtype)
+np.savez(port, **port_arrays)
+"""
+
+
+@pytest.fixture
+def export_folder(tmp_path, monkeypatch, restart_taichi):
+    try:
+        tinynerf.start_taichi("vulkan")
+    except tinynerf.UserError:
+        pytest.skip("Taichi compiles for Vulkan only where there is a driver (Debian: mesa-vulkan-drivers)")
+    monkeypatch.setattr(tinynerf, "MACHINES", {"cpu": TINY, "gpu": TINY})
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_export(export_folder, golden_files, capfd):
+    """An exported model is not the model, its kernels do not run elsewhere, or what is said of them is wrong."""
+    m = tinynerf.Model(TINY, BOX)
+    m.initialize(5)
+    m.occupancy.from_numpy(np.arange(m.occupancy.shape[0], dtype=np.uint32))
+    views = sphere_views(3)
+    info = dict(n_levels=m.n_levels, n_photos=0, space=vars(BOX), width=32, height=32, downscale=1, scene="nowhere",
+                settings={name: TINY[name] for name in tinynerf.STORED})
+    os.mkdir("run")
+    tinynerf.save_model("run/model.npz", m, info, dict(train=views.camera, test=views.camera, test_size=views.size))
+    want = {name: getattr(m, name).to_numpy() for name in ("params", "level", "occupancy")}
+    want.update(view_camera=tinynerf.to_cube(views.camera[:1], BOX), view_size=np.array([0, 32, 32, 0], np.int32))
+    size = 1e6 * m.buffer_mb()
+    del m                                            # Taichi starts anew
+    assert tinynerf.main(["export", "run", "a/out"]) == 0 and sorted(os.listdir()) == ["a", "run"]
+    assert os.listdir("a") == ["out"]
+    with open("a/out/model.json", encoding="utf-8") as file:
+        model = json.load(file)
+    assert {name for name, x in model["buffers"].items() if "file" in x} == set(want)
+    for name, x in want.items():
+        with open(os.path.join("a/out", model["buffers"][name]["file"]), "rb") as file:
+            assert file.read() == x.astype(x.dtype.newbyteorder("<")).tobytes(), name
+    assert sum(4 * math.prod(x["shape"]) for x in model["buffers"].values()) == pytest.approx(size)
+    assert set(model["kernels"]) == set(KERNELS)
+    given = {"views.pixels", "views.size", "views.camera", "views.n", "n_rays", "seed", "view_bound", "n_cells",
+             "first", "limit"}
+    for name, *arguments in (launch for part in model["launches"].values() for launch in part):
+        assert len(arguments) == len(model["kernels"][name]["arguments"])
+        assert {x for x in arguments if isinstance(x, str)} <= set(model["buffers"]) | given
+
+    for name, kernel in model["kernels"].items():    # what the notes say
+        at, names = 0, {a["name"] for a in kernel["arguments"] if "width" in a}
+        for a in kernel["arguments"]:
+            at = -(-at // 16) * 16 if "width" in a else at
+            assert a["offset"] == at and a["dtype"] in KINDS, name
+            at += 32 if "width" in a else 4
+        assert kernel["block_bytes"] == at and 1 <= len(kernel["tasks"]) <= 2
+        assert [task["workgroup"] for task in kernel["tasks"]] in ([1, 128], [128]), name
+        for task in kernel["tasks"]:
+            assert task["bindings"].pop("0") == "block"
+            assert set(task["bindings"].values()) <= names | {"temporaries"}
+            with open(os.path.join("a/out/kernels", task["file"]), "rb") as file:
+                assert file.read(8) == struct.pack("<II", 0x07230203, 0x00010300)
+    host = [sys.executable, "-c", HOST, "a/out", golden_files.path, "port.npz", os.path.dirname(ti.__file__)]
+    subprocess.run(host, check=True)
+    assert check(golden_files.path, "port.npz", untouched=True) == 0
+
+    assert tinynerf.main(["export", "--init", "b"]) == 0
+    assert sorted(os.listdir("b")) == ["kernels", "level.bin", "model.json", "params.bin"]
+    m = tinynerf.Model(TINY, BOX)
+    m.initialize(0)
+    with open("b/params.bin", "rb") as file:
+        assert file.read() == m.params.to_numpy().tobytes()
+
+
+def test_export_mistakes(export_folder, mistake, monkeypatch):
+    """An export that goes wrong leaves something, or overwrites something."""
+    (export_folder / "there").mkdir()
+    mistake("there exists", "export", "--init", "there")
+    mistake("model.npz", "export", "nowhere", "out")
+    mistake("RUN is required", "export", "out")
+    mistake("--init", "export", "--init", "run", "out")
+    mistake("unrecognized", "export", "--init", "out", "--arch", "cpu")
+
+    def fail(*arguments, **options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(json, "dump", fail)
+    mistake("No space left", "export", "--init", "out")
+
+    def no_driver(arch):
+        raise tinynerf.UserError(f"--arch {arch} is not to be had on this machine", "")
+    monkeypatch.setattr(tinynerf, "start_taichi", no_driver)
+    mistake("no Vulkan driver", "export", "--init", "out")
+    monkeypatch.undo()                               # Taichi is to be restarted
+
+
+def main(argv):
+    """The port kit's command line, see PORT_KIT; returns the exit code."""
+    untouched = "--untouched" in argv
+    verb, *paths = [x for x in argv if x != "--untouched"] or [None]
+    if verb == "golden" and len(paths) == 1:
+        os.environ["TI_CPU_MAX_NUM_THREADS"] = "1"   # float atomics in order: the same bits every time
+        tinynerf.start_taichi("cpu")
+        golden(paths[0])
+    elif verb == "replay" and len(paths) == 2:
+        tinynerf.start_taichi(ARCH)
+        np.savez(paths[1], **replay_all(paths[0]))
+    elif verb == "check" and len(paths) == 2:
+        return check(*paths, untouched)
+    else:
+        print(PORT_KIT)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -7,6 +7,7 @@
     python tinynerf.py view runs/lego         opens a window onto it
     python tinynerf.py mesh runs/lego         writes its surface as a triangle mesh
     python tinynerf.py bench                  times every kernel
+    python tinynerf.py export runs/lego DIR   the model and its kernels for programs in other languages
 
 kernels.py holds everything that a port to another GPU language has to rewrite; this file is what it can keep: scenes,
 buffers, the list of launches (forward, backward), the training loop, rendering and the command line.
@@ -17,6 +18,7 @@ import contextlib
 import csv
 import gc
 import importlib.util
+import inspect
 import json
 import math
 import os
@@ -680,6 +682,14 @@ def adam(m, step, learning_rate):
     load_weights(m)
 
 
+def start_occupancy(m, views, view_bound):
+    """Every cell that a camera sees may hold something, and no other ever will. view_bound [n_views, 4] f32."""
+    grid, space = m.settings["grid"], m.space
+    k.bound_views(views.n, views.size, views.camera, view_bound)
+    k.mark_visible_cells(grid, space.unbounded, views.n, space.near, views.camera, view_bound, m.density_grid)
+    pack_occupancy(m, 0, k.END)
+
+
 def update_occupancy(m, n_cells, first, seed, step):
     """Look at n_cells cells of the occupancy grid anew, from the `first` of the scattered walk on."""
     grid = m.settings["grid"]
@@ -784,10 +794,7 @@ def train(m, views, seed, steps=None, seconds=None, report=lambda **line: None, 
     m.initialize(seed)
     train_step(m, 0, views, seed, 0, 0.0)
     update_occupancy(m, 0, 0, seed, 0)
-    view_bound = m.new(ti.f32, 4 * views.n)
-    k.bound_views(views.n, views.size, views.camera, view_bound)
-    k.mark_visible_cells(grid, m.space.unbounded, views.n, m.space.near, views.camera, view_bound, m.density_grid)
-    pack_occupancy(m, 0, k.END)                                  # every cell that a camera sees may hold something
+    start_occupancy(m, views, m.new(ti.f32, 4 * views.n))
     now = types.SimpleNamespace(step=0, progress=0.0, seconds=0.0, cell=0, n_rays=min(256, m.settings["rays"]),
                                 samples=0, rays=0, rays_dropped=0)
     if resume:
@@ -1891,6 +1898,19 @@ def median_seconds(function, repeats=15):
     return float(np.median(times[1:]))
 
 
+@contextlib.contextmanager
+def wrapped_kernels(wrap):
+    """Every kernel is wrap(name, kernel) for a while."""
+    plain = {name: kernel for name, kernel in vars(k).items() if hasattr(kernel, "_is_wrapped_kernel")}
+    try:
+        for name, kernel in plain.items():
+            setattr(k, name, wrap(name, kernel))
+        yield
+    finally:
+        for name, kernel in plain.items():
+            setattr(k, name, kernel)
+
+
 def measure_floors(m):
     """What this machine can do at best, by NumPy on all cores: FLOP/s of a product, [2^15, 64] times [64, 64]; bytes/s
     of a copy, read and written; bytes/s of a gather of random rows of the hash table, read."""
@@ -1958,24 +1978,22 @@ def command_bench(args):
 
     step_seconds, update_seconds = median_seconds(step, 31), median_seconds(update)
     marched, kept = int(m.march_counter.to_numpy()[0]), int(m.counter.to_numpy()[0])
-    seconds, plain = {}, {name: kernel for name, kernel in vars(k).items() if hasattr(kernel, "_is_wrapped_kernel")}
+    seconds = {}
 
-    def timed(name):
+    def timed(name, kernel):
         def launch(*arguments):
             start = time.perf_counter()
-            plain[name](*arguments)
+            kernel(*arguments)
             ti.sync()
             seconds[name][-1] += time.perf_counter() - start
+        seconds[name] = []
         return launch
 
-    for name in plain:
-        setattr(k, name, timed(name))
-    for _ in range(31):
-        for name in plain:
-            seconds.setdefault(name, []).append(0.0)
-        step()
-    for name, kernel in plain.items():
-        setattr(k, name, kernel)
+    with wrapped_kernels(timed):
+        for _ in range(31):
+            for times in seconds.values():
+                times.append(0.0)
+            step()
     seconds = {name: float(np.median(times)) for name, times in seconds.items()}
 
     floors, work = measure_floors(m), step_work(m, rays, marched, kept)
@@ -1999,6 +2017,113 @@ def command_bench(args):
     times = [median_seconds(lambda: render_view(m, camera, width, height, lens), 3)
              for camera in scene.test.camera[::max(1, len(scene.test.camera) // 5)][:5]]
     print(f"a {width}x{height} view {np.median(times):.3f} s (median of {len(times)})")
+
+
+def named_buffers(m):
+    """All buffers of a model: {name: ndarray}; those of its MLPs as density.weight and so on."""
+    parts = {"": m, "density.": m.density, "color.": m.color}
+    return {part + name: x for part, of in parts.items() for name, x in vars(of).items() if isinstance(x, ti.Ndarray)}
+
+
+def list_launches(m):
+    """What a program around the kernels has to launch, for JSON: {function of this file: [[kernel, argument, ...]]}.
+    Arguments are numbers, names of buffers, and names of what the caller of that function gives."""
+    names, lists, n_steps = {id(x): name for name, x in named_buffers(m).items()}, {}, m.settings["render_steps"]
+    views = types.SimpleNamespace(pixels="views.pixels", size="views.size", camera="views.camera", n="views.n",
+                                  alpha="mask" if m.n_code else "background")
+    calls = dict(
+        initialize=lambda: m.initialize("seed"), load_weights=lambda: load_weights(m),
+        start_occupancy=lambda: start_occupancy(m, views, "view_bound"),
+        train_step=lambda: train_step(m, "n_rays", views, "seed", 0, 1.0),
+        update_occupancy=lambda: update_occupancy(m, "n_cells", "first", "seed", 0),
+        start_tile=lambda: start_tile(m, "n_rays", "first"), march=lambda: march(m, "n_rays", "limit", n_steps),
+        forward=lambda: forward(m, "n_rays", n_steps, m.first_code + m.n_photos * m.n_code))
+    for call, function in calls.items():
+        lists[call] = []
+        with wrapped_kernels(lambda name, kernel: lambda *arguments: lists[call].append(
+                [name] + [names.get(id(x), x) for x in arguments])):
+            function()
+    return lists
+
+
+# For who reads an exported model.json
+EXPORT_NOTES = dict(
+    buffers="Flat, row-major, little-endian, 4 bytes a number. Those with a file have its contents, the others are 0 "
+            "at first. Sizes are those of `settings`: another march, rays, block and chunk make others.",
+    launches="By function of tinynerf.py: [kernel, argument, ...] in order, a number or a name each: of a buffer, or "
+             "of what the caller gives: pixels, size and camera of the views to train on, view_bound [n_views, 4], "
+             "n_rays, n_cells, seed, first, limit. `step` is 0 here, and adam_step's learning_rate that of step 0 at a "
+             "rate of 1: see adam(). load_weights comes first; a picture is start_tile and then march, forward, until "
+             "march finds nothing: see render_view().",
+    tasks="What Taichi makes of a kernel: SPIR-V 1.3 in kernels/, entry point main, to be dispatched one after the "
+          "other with a barrier between; bindings are of descriptor set 0. The first of two is one thread that "
+          "computes the loop's bounds into `temporaries`, a storage buffer for the second (Taichi gives it 1 MB; it "
+          "may be bound twice). Loops stride by the number of threads: any number of workgroups is right. Taichi's C "
+          "API does all of this: to it, kernels/ is an AOT module.",
+    block="`block` is a uniform buffer of block_bytes with the arguments at their offsets: numbers as they are, of an "
+          "ndarray 32 bytes: its length in rows as i32, and a pointer at 16 that these kernels do not use.")
+
+
+def describe_kernels(metadata):
+    """Taichi's AOT metadata, boiled down to what a Vulkan program needs: {kernel: description}, see EXPORT_NOTES."""
+    described, kinds = {}, {1: "temporaries", 2: "block"}            # of Taichi 1.7's enumeration; 5: ndarray
+    for kernel in metadata["kernels"]:
+        context, arguments = kernel["ctx_attribs"], []
+        offsets = [element["offset"] for element in context["args_type_"]["content"]["elements_"]]
+        for offset, (name, p) in zip(offsets, inspect.signature(getattr(k, kernel["name"])).parameters.items()):
+            kind = getattr(p.annotation, "dtype", p.annotation)      # a vector's, of a buffer of rows
+            arguments.append(dict(name=name, offset=offset, dtype=str(getattr(kind, "dtype", kind)),
+                                  **({"width": getattr(kind, "n", 1)} if kind is not p.annotation else {})))
+        described[kernel["name"]] = dict(arguments=arguments, block_bytes=context["args_bytes_"], tasks=[
+            dict(file=task["name"] + ".spv", workgroup=task["advisory_num_threads_per_group"], bindings={
+                bound["binding"]: kinds.get(bound["buffer"]["type"]) or arguments[bound["buffer"]["root_id"][0]]["name"]
+                for bound in sorted(task["buffer_binds"], key=lambda bound: bound["binding"])})
+            for task in kernel["tasks_attribs"]])
+    return described
+
+
+def command_export(args):
+    """tinynerf.py export: a model's buffers, the kernels compiled for Vulkan and the lists of launches, as files for
+    programs in other languages."""
+    if os.path.exists(args.out):
+        raise UserError(f"{args.out} exists", "choose another folder")
+    try:
+        start_taichi("vulkan")
+    except UserError:
+        raise UserError("export compiles the kernels for Vulkan, and there is no Vulkan driver here",
+                        "install one: mesa-vulkan-drivers of Debian and Ubuntu needs no GPU")
+    module = ti.aot.Module(ti.vulkan)                # before any launch: what has run is compiled for this device alone
+    for kernel in vars(k).values():
+        if hasattr(kernel, "_is_wrapped_kernel"):
+            module.add_kernel(kernel)
+    if args.init:
+        m, filled = Model(MACHINES["cpu"], place_scene(types.SimpleNamespace(capture=False))), ["params", "level"]
+        m.initialize(0)
+    else:
+        m, _, cameras = load_model(args.run, "cpu", training=True)
+        filled = ["params", "level", "occupancy", "view_camera", "view_size"]            # of the first test view
+        m.view_camera.from_numpy(to_cube(cameras["test"][:1], m.space).ravel())
+        m.view_size.from_numpy(np.array([0, *cameras["test_size"][0, 1:]], np.int32))
+    m.settings = {**m.settings, "hash_chunk": 1}     # a GPU has threads enough
+    buffers = {name: dict(dtype=str(x.dtype), shape=[*x.shape, *x.element_shape])
+               for name, x in named_buffers(m).items()}
+    part = f"{os.path.abspath(args.out)}.part-{os.getpid()}"
+    try:
+        os.makedirs(os.path.join(part, "kernels"))
+        module.save(os.path.join(part, "kernels"))
+        for name in filled:
+            buffers[name]["file"] = name + ".bin"
+            getattr(m, name).to_numpy().tofile(os.path.join(part, name + ".bin"))
+        kernels = describe_kernels(read_json(os.path.join(part, "kernels", "metadata.json")))
+        model = dict(version=VERSION, notes=EXPORT_NOTES, settings=m.settings, space=vars(m.space), buffers=buffers,
+                     launches=list_launches(m), kernels=kernels)
+        with open(os.path.join(part, "model.json"), "w", encoding="utf-8") as file:
+            json.dump(model, file, indent=1)
+        os.rename(part, args.out)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    print(f"{len(kernels)} kernels, {len(buffers)} buffers and what a program has to launch are in {args.out}")
 
 
 def parse_args(argv):
@@ -2069,6 +2194,11 @@ def parse_args(argv):
     parser_bench.add_argument("--downscale", type=positive(int), default=1, metavar="K", help="average KxK pixels")
     for command in commands.choices.values():
         command.add_argument("--arch", choices=("auto", "cpu", "cuda", "vulkan", "metal"))
+    parser_export = commands.add_parser("export", help="leave kernels and a model for programs in other languages")
+    parser_export.add_argument("run", nargs="?", help="run folder")
+    parser_export.add_argument("--init", action="store_true", help="no run's model but a new one, not trained yet")
+    parser_export.add_argument("out", metavar="DIR", help="folder to make")
+    parser_export.set_defaults(arch="vulkan")
     args = parser.parse_args(argv)
     if args.command == "train":
         for name in ("out", "steps", "seconds", "downscale", "seed", "overwrite"):
@@ -2077,6 +2207,8 @@ def parse_args(argv):
         if not args.resume and not args.scene:
             parser_train.error("the following arguments are required: scene")
         args.downscale, args.seed = args.downscale or 1, args.seed or 0
+    if args.command == "export" and bool(args.run) == args.init:
+        parser_export.error("a RUN is required" if not args.run else "argument --init: not allowed with a RUN")
     if args.arch is None and not vars(args).get("resume"):           # a run goes on where it began
         args.arch = "auto"
     return args
@@ -2087,7 +2219,7 @@ def main(argv=None):
     try:
         args = parse_args(argv)
         commands = {"train": command_train, "render": command_render, "eval": command_eval, "view": command_view,
-                    "mesh": command_mesh, "bench": command_bench}
+                    "mesh": command_mesh, "bench": command_bench, "export": command_export}
         commands[args.command](args)
     except UserError as error:
         print(f"tinynerf: {error}\n          {error.hint}", file=sys.stderr)
