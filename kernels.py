@@ -16,6 +16,8 @@ Rules that hold for the whole file:
   6. The scene's box is the unit cube: positions are in [0, 1]^3, and lengths and 1/sigma are in units of its side. An
      unbounded scene is all of space, bent into the cube by `contract`; its lengths are those before bending.
   7. Indices are i32: n_levels * samples, views * pixels, 4 * slots of the table and 8 * rays stay below 2^31.
+  8. It reads as Python: x & 1 == 1 is (x & 1) == 1, and a <= x < b both. Literals are f32; // and % meet no negative
+     numbers. Compilers may contract products and sums, and reorder sums.
 Nothing here uses autodiff, 64-bit or 16-bit types, shared memory, subgroups, recursion or captured state.
 
 Index letters: r ray, v view, i sample, k step or sample along a ray, l level, j input and o output of a layer,
@@ -1081,7 +1083,8 @@ def mark_lit_cells(n_rays: ti.i32, grid_size: ti.i32, step: ti.i32, march_span: 
 @ti.kernel
 def keep_visible_samples(n_rays: ti.i32, march_span: i32buf, march_sample: f32buf, march_feature: rows64, keep: i32buf,
                          ray_span: i32buf, sample: f32buf, feature: rows64, sample_ray: i32buf):
-    """Copy the samples that are kept, with their features, into buffers without gaps, in ray order.
+    """Copy the samples that are kept, with their features, into buffers without gaps, in ray order. These are as large
+    as those of the march: no ray's samples can be left without room.
 
     march_span     [n_rays, 2]             in
     march_sample   [n_marched, 5]          in
