@@ -1501,8 +1501,9 @@ def test_train_tiny(steady, monkeypatch, tmp_path):
 
 def check_saved(m, views, monkeypatch, tmp_path):
     """A model that is saved and loaded renders the same picture, also on a machine with other tiles and waves."""
-    info = dict(n_levels=3, n_photos=m.n_photos, space=vars(m.space), scene="nowhere", downscale=1, width=32, height=32,
-                settings={name: m.settings[name] for name in tinynerf.STORED})
+    stored = {**tinynerf.MODEL_INFO, **tinynerf.MODELS[m.name].info}["settings"]
+    info = dict(model=m.name, n_levels=3, n_photos=m.n_photos, space=vars(m.space), scene="nowhere", downscale=1,
+                width=32, height=32, settings={name: m.settings[name] for name in stored})
     cameras = dict(train=views.camera, test=views.camera, test_size=views.size)
     tinynerf.save_model(str(tmp_path / "model.npz"), m, info, cameras)
     want = tinynerf.render_view(m, views.camera[0], 32, 32)
@@ -1542,6 +1543,316 @@ def test_repeat(steady, train):
         assert np.array_equal(loss_a, loss_b)
     else:                                            # float atomics add in any order, and Adam divides by small numbers
         assert_close("losses of a second run", loss_b, loss_a, 5e-3)
+
+
+# ---- The family -----------------------------------------------------------------------------------------------------
+
+def rays_to_sample(rng, n=60):
+    """Rays [n, 8], of which every seventh misses the box."""
+    ray = uniform(rng, n, 8, low=0.1, high=0.9)
+    ray[:, 4:7] = uniform(rng, n, 3)
+    ray[:, 7] = (ray[:, 3] + uniform(rng, n, low=0.2, high=2.0)).astype(np.float32)
+    ray[::7, 7] = ray[::7, 3] - 0.25
+    return ray
+
+
+def place_model(ray, t, middle):
+    """sample [n, 5] of one ray, from where their parts begin."""
+    dt = np.diff(np.append(t, ray[7]))
+    return np.column_stack([ray[:3] + (t + middle * dt)[:, None] * ray[4:7], t + middle * dt, dt])
+
+
+def sampling(n_rays, n, block=16, capacity=2000):
+    """A namespace with what tinynerf.scan needs, and buffers for so many samples."""
+    return types.SimpleNamespace(
+        settings=dict(block=block, march=capacity), block_start=buf(np.zeros(-(-n_rays // block), int)),
+        counter=buf(np.zeros(4, int)), span=buf(np.full(2 * n_rays, 9)), ray_step=buf(np.full(n_rays, 9)),
+        sample=buf(np.full((capacity, 5), 9.0)), sample_ray=buf(np.full(capacity, 9)))
+
+
+@pytest.mark.parametrize("middle, merge, jitter", [(0.0, 1, 1), (0.5, 0, 1), (0.0, 1, 0)])
+def test_sampling(rng, middle, merge, jitter):
+    """Coarse samples are not one in each part of the ray, fine ones do not follow the weights, the two are not merged
+    in order, or what a sample stands for is not all of the ray."""
+    ray, n, n_fine, seed, step = rays_to_sample(rng), 12, 20, 5, 8
+    n_rays, buffer = len(ray), buf(ray)
+    there = ray[:, 3] < ray[:, 7]
+    coarse, fine = (sampling(n_rays, count) for count in (n, n_fine + merge * n))
+    k.count_even(n_rays, n, buffer, coarse.span)
+    tinynerf.scan(coarse, n_rays, coarse.span, coarse.counter)
+    k.sample_even(n_rays, n, middle, jitter, seed, step, buffer, coarse.span, coarse.ray_step, coarse.sample,
+                  coarse.sample_ray)
+    number = np.arange(n_rays)[:, None]
+    u = random_model(seed, k.STREAM_COARSE, step, number * n + np.arange(n))[1] if jitter else 0.5
+    start = ray[:, 3:4] + (np.arange(n) + u) / n * (ray[:, 7:8] - ray[:, 3:4])
+    want = np.concatenate([place_model(*one, middle) for one in zip(ray[there], start[there])])
+    got = coarse.sample.to_numpy().reshape(-1, 5)
+    assert_close("sample_even", got[:len(want)], want, 1e-6)
+    assert (got[len(want):] == 9).all() and (coarse.ray_step.to_numpy() == k.END).all()
+    assert np.array_equal(coarse.sample_ray.to_numpy()[:len(want)], np.repeat(np.arange(n_rays)[there], n))
+
+    weight = uniform(rng, len(want), low=1e-5, high=0.01)
+    weight[rng.random(len(want)) < 0.3] *= 100
+    coarse_sample = got[:len(want)].astype(np.float64)
+    k.count_even(n_rays, n_fine + merge * n, buffer, fine.span)
+    tinynerf.scan(fine, n_rays, fine.span, fine.counter)
+    k.sample_where_light_is(n_rays, n_fine, merge, middle, jitter, seed, step, buffer, coarse.span, coarse.sample,
+                            buf(weight), fine.span, fine.ray_step, fine.sample, fine.sample_ray)
+    u = random_model(seed, k.STREAM_FINE, step, number * n_fine + np.arange(n_fine))[1] if jitter else 0.5
+    u, want = np.broadcast_to((np.arange(n_fine) + u) / n_fine, (n_rays, n_fine))[there], []
+    for one, part, w, at in zip(ray[there], coarse_sample.reshape(-1, n, 5), weight.reshape(-1, n), u):
+        edge = np.append(part[:, 3] - middle * part[:, 4], one[7])
+        t = np.interp(at * w.sum(), np.append(0, np.cumsum(w)), edge)
+        want.append(place_model(one, np.sort(np.append(t, edge[:n * merge])), middle))
+    n_kept = fine.counter.to_numpy()[1]              # of the last rays there was no room for some
+    want = np.concatenate(want[:there[:n_kept].sum()])
+    got = fine.sample.to_numpy().reshape(-1, 5)
+    assert_close("sample_where_light_is", got[:len(want)], want, 3e-5)
+    assert (got[len(want):] == 9).all() and fine.counter.to_numpy()[0] == len(want)
+    assert (got[:len(want), 4] > -1e-6).all() and (n_kept < n_rays) == (merge == 1)
+    assert np.array_equal(fine.ray_step.to_numpy(), np.where(np.arange(n_rays) < n_kept, k.END, 0))
+    assert np.array_equal(fine.sample_ray.to_numpy()[:len(want)],
+                          np.repeat(np.arange(n_rays)[there], n_fine + merge * n)[:len(want)])
+
+
+def test_weigh_samples(rng):
+    """Coarse samples do not weigh what they add to their pixel."""
+    span, sample, rgb_sigma = some_samples(rng)
+    weight = buf(np.full(len(sample) + 5, 9.0))
+    k.weigh_samples(len(span), 0.001, buf(span), buf(sample), buf(rgb_sigma), weight)
+    optical = rgb_sigma[:, 3] * sample[:, 4]
+    want = [weights_model(optical[first:first + n], t_stop=-1)[0] for first, n in span]
+    assert_close("weigh_samples", weight.to_numpy()[:len(sample)], np.concatenate(want) + 0.001, 1e-5)
+    assert (weight.to_numpy()[len(sample):] == 9).all()
+
+
+def frequency_model(p, n):
+    """sin and cos of 2^l pi p_c: [len(p), 6 n]"""
+    angle = np.pi * 2.0 ** np.arange(n)[:, None] * p[:, None, :]
+    return np.stack([np.sin(angle), np.cos(angle)], -1).reshape(len(p), -1)
+
+
+def point_model(x):
+    p = 2 * x - 1
+    return np.hstack([frequency_model(p, k.FREQUENCIES), p, np.ones((len(p), 1))])
+
+
+def direction_model(d):
+    return np.hstack([frequency_model(d, k.DIRECTION_FREQUENCIES), d, np.ones((len(d), 1))])
+
+
+def test_frequencies(rng):
+    """An encoding is not made of the sines and cosines that it should be, or of another sample's or ray's."""
+    n, sample, ray = 70, uniform(rng, 70, 5, low=0, high=1), uniform(rng, 30, 8)
+    feature, color_input = rows(np.full((n + 5, 64), 9.0)), rows(np.full((n + 5, 64), 9.0))
+    geometry, sample_ray = uniform(rng, n, 16), rng.integers(0, 30, n)
+    k.frequency_encode_forward(count(n), buf(sample), feature)
+    k.direction_input_forward(count(n), rows(geometry, 16), buf(sample_ray), buf(ray), color_input)
+    assert_close("frequency_encode", feature.to_numpy()[:n], point_model(sample[:, :3]), 1e-4)
+    want = np.hstack([geometry, direction_model(ray[sample_ray, 4:7])])
+    assert_close("direction_input", color_input.to_numpy()[:n, :want.shape[1]], want, 1e-5)
+    assert (feature.to_numpy()[n:] == 9).all() and (color_input.to_numpy()[:, want.shape[1]:] == 9).all()
+
+
+def layer_matrix(flat, n_in, n_out):
+    """A layer's weights [inputs, 64 n_out] from their place in `params`."""
+    return flat.reshape(n_out, n_in, 64).transpose(1, 0, 2).reshape(n_in, 64 * n_out)
+
+
+def blocks(x, capacity):
+    """Rows of 64 n numbers as a buffer of n blocks; 9 in between."""
+    padded = np.full((x.shape[1] // 64, capacity, 64), 9.0)
+    padded[:, :len(x)] = x.reshape(len(x), -1, 64).transpose(1, 0, 2)
+    return rows(padded.reshape(-1, 64))
+
+
+def from_blocks(buffer, n, capacity):
+    return buffer.to_numpy().reshape(-1, capacity, 64)[:, :n].transpose(1, 0, 2).reshape(n, -1)
+
+
+@pytest.mark.parametrize("n_x, n_h, n_out", [(64, 0, 2), (0, 2, 1), (64, 2, 3)])
+def test_layer(rng, n_x, n_h, n_out):
+    """A layer of the deep network or one of its gradients is wrong, or a block is not where it should be."""
+    n, capacity, first, row, row_t, n_in = 107, 120, 8, 3, 5, n_x + 64 * n_h
+    flat, x, h = uniform(rng, 64 * n_in * n_out), uniform(rng, n, 64), np.maximum(uniform(rng, n, 64 * max(n_h, 1)), 0)
+    params, W = np.concatenate([uniform(rng, first), flat, uniform(rng, 4)]), layer_matrix(flat, n_in, n_out)
+    weight = rows(np.full((row + n_in * n_out + 1, 64), 9.0))
+    weight_t = rows(np.full((row_t + n_h * n_out * 64 + 1, 64), 9.0))
+    k.load_layer(n_x, n_h, n_out, first, row, row_t, rowsF(params), weight, weight_t)
+    got, got_t = weight.to_numpy(), weight_t.to_numpy()
+    assert np.array_equal(got[row:-1].ravel(), flat) and (got[:row] == 9).all() and (got[-1] == 9).all()
+    want = W[n_x:].reshape(n_h, 64, n_out, 64).transpose(0, 2, 3, 1).reshape(-1, 64)
+    assert np.array_equal(got_t[row_t:-1], want) and (got_t[:row_t] == 9).all() and (got_t[-1] == 9).all()
+
+    def model(x, h, W):
+        return np.maximum(np.hstack([x[:, :n_x], h[:, :64 * n_h]]) @ W, 0)
+
+    buffer_x, buffer_h, y = rows(x), blocks(h, capacity), rows(np.full((n_out * capacity, 64), 9.0))
+    k.layer_forward(n_x, n_h, n_out, row, capacity, count(n), buffer_x, buffer_h, weight, y)
+    want = model(x, h, W)
+    assert_close("layer_forward", from_blocks(y, n, capacity), want, 1e-5)
+    assert (y.to_numpy().reshape(n_out, capacity, 64)[:, n:] == 9).all()
+
+    g = uniform(rng, *want.shape)
+    if n_out == 1:
+        grad_y = rows(g)
+        k.relu_backward(count(n), rows(want), grad_y)
+        assert np.array_equal(grad_y.to_numpy(), g * (want > 0))
+    grad_y = blocks(g * (want > 0), capacity)
+    d, e = uniform(rng, *h.shape) * (h > 0), uniform(rng, *W.shape)
+    numeric = [(g * (model(x, h + s * d, W) - model(x, h - s * d, W))).sum() / (2 * s) for s in (1e-7,)]
+    numeric_W = [(g * (model(x, h, W + s * e) - model(x, h, W - s * e))).sum() / (2 * s) for s in (1e-7,)]
+    if n_h:
+        grad_h = rows(np.full((n_h * capacity, 64), 9.0))
+        k.layer_backward_input(n_h, n_out, row_t, capacity, count(n), buffer_h, weight_t, grad_y, grad_h)
+        got = from_blocks(grad_h, n, capacity)
+        assert_close("layer_backward_input", got, (g * (want > 0)) @ W[n_x:].T * (h > 0), 1e-5)
+        assert_close("  projected", [(got * d).sum()], numeric, 1e-4)
+        assert (grad_h.to_numpy().reshape(n_h, capacity, 64)[:, n:] == 9).all()
+    for chunk in (40, 200):
+        n_chunks, pitch, at = -(-n // chunk), flat.size + 20, 7
+        partial = buf(np.full((n_chunks + 1, pitch), 9.0))
+        k.layer_backward_weight(n_x, n_h, n_out, capacity, chunk, pitch, at, count(n), buffer_x, buffer_h, grad_y,
+                                partial)
+        got = partial.to_numpy().reshape(-1, pitch)
+        assert (np.delete(got, np.s_[at:at + flat.size], 1) == 9).all() and (got[n_chunks:] == 9).all()
+        got = layer_matrix(got[:n_chunks, at:at + flat.size].astype(np.float64).sum(0), n_in, n_out)
+        assert_close(f"layer_backward_weight / {chunk}", got,
+                     np.hstack([x[:, :n_x], h[:, :64 * n_h]]).T @ (g * (want > 0)), 1e-5)
+        assert_close("  projected", [(got * e).sum()], numeric_W, 1e-4)
+
+
+HEADS = dict(nerf=dict(sigma=lambda raw: np.maximum(raw, 0), rgb=sigmoid))
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_heads(rng, name):
+    """A model's density or color is not what its paper says, or its gradient is wrong."""
+    n, g, grad_input, family = 40, uniform(rng, 40, 4), uniform(rng, 40, 64), tinynerf.MODELS[name]
+    raw, geometry = uniform(rng, n, 3, low=-5, high=5), uniform(rng, n, 16, low=-5, high=5)
+    rgb_sigma, grad_geometry, grad_raw = buf(np.full((n, 4), 9.0)), rows(np.full((n, 16), 9.0), 16), rows(raw, 16)
+    getattr(k, family.density + "_forward")(count(n), rows(geometry, 16), rgb_sigma)
+    getattr(k, family.color + "_forward")(count(n), rows(raw, 16), rgb_sigma)
+    want = np.column_stack([HEADS[name]["rgb"](raw), HEADS[name]["sigma"](geometry[:, 0])])
+    assert_close(f"{name}: heads", rgb_sigma.to_numpy().reshape(n, 4), want, 1e-5)
+    getattr(k, family.density + "_backward")(count(n), rgb_sigma, buf(g), rows(grad_input), grad_geometry)
+    getattr(k, family.color + "_backward")(count(n), rgb_sigma, buf(g), grad_raw)
+    want = numeric_gradient(lambda x: (g[:, 3] * HEADS[name]["sigma"](x[:, 0])).sum() + (grad_input[:, :16] * x).sum(),
+                            geometry)
+    assert_close(f"{name}: density backward", grad_geometry.to_numpy(), want, 1e-4)
+    want = numeric_gradient(lambda x: (g[:, :3] * HEADS[name]["rgb"](x)).sum(), raw)
+    assert_close(f"{name}: color backward", grad_raw.to_numpy()[:, :3], want, 1e-4)
+
+
+def deep_model(flat, net, feature, direction, heads):
+    """rgb and sigma [n, 4] of a deep network from its numbers in `params`, [n_weights]."""
+    h = np.zeros((len(feature), 0))
+    for layer in net.layers:
+        n_in, at = layer.n_x + 64 * layer.n_h, layer.param - net.first
+        W = layer_matrix(flat[at:at + 64 * n_in * layer.n_out], n_in, layer.n_out)
+        h = np.maximum(np.hstack([feature[:, :layer.n_x], h[:, :64 * layer.n_h]]) @ W, 0)
+    x = h
+    for mlp in (net.density, net.color):
+        at = mlp.first - net.first
+        W = flat[at:at + 64 * (mlp.n_in + mlp.n_out)].reshape(-1, 64)
+        y = mlp_model(x, [W[:mlp.n_in], W[mlp.n_in:]])[-1]
+        geometry, x = y if mlp is net.density else geometry, np.hstack([y, direction_model(direction)])
+    return np.column_stack([heads["rgb"](y), heads["sigma"](geometry[:, 0])])
+
+
+FAMILY = dict(nerf=dict(coarse=7, fine=9, blocks=2))
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_full_gradient_sampled(rng, monkeypatch, name):
+    """A step of a model that samples launches the wrong kernel, or one on the wrong buffer, or in the wrong order."""
+    n_rays, family = 60, tinynerf.MODELS[name]
+    m = family.make({**TINY, **FAMILY[name], "march": 1024, "chunk": 61}, BOX)
+    m.initialize(7)
+    size = sizes((9, 9, 0), (12, 6, 0))
+    camera = np.array([look_at([1.6, 0.9, 1.1 - v / 3], [0.5, 0.5 + v / 9, 0.5], 8, width, height)
+                       for v, (_, width, height, _) in enumerate(size)])
+    rgba = rng.integers(0, 256, (153, 4), np.uint8)
+    views = types.SimpleNamespace(pixels=buf(rgba.view("<u4")), size=buf(size), camera=buf(camera), n=2,
+                                  alpha="background")
+    losses, compare_pixels = [], tinynerf.compare_pixels
+
+    def watched(m, *arguments):
+        compare_pixels(m, *arguments)
+        losses.append((m.pixel.to_numpy().reshape(-1, 4)[:n_rays], m.loss.to_numpy()[:n_rays].sum()))
+    monkeypatch.setattr(tinynerf, "compare_pixels", watched)
+    monkeypatch.setattr(tinynerf, "adam", lambda *arguments: None)           # which would clear the gradients
+    tinynerf.MODELS[name].step(m, n_rays, views, 3, 5, 0.0)
+
+    ray = m.ray.to_numpy().reshape(-1, 8).astype(np.float64)[:n_rays]
+    view = m.ray_view.to_numpy()[:n_rays]
+    truth, background = rgba[m.ray_pixel.to_numpy()[:n_rays]] / 255.0, background_model(n_rays, 3, 5)
+    start, kept, levels = np.tile([0, 0, 0, 1.0], (n_rays, 1)), np.ones(n_rays, bool), []
+    for at, n in ((m.coarse, m.settings["coarse"]), (m.fine, m.settings["fine"] + family.merge * m.settings["coarse"])):
+        n_samples, owner = at.counter.to_numpy()[0], at.sample_ray.to_numpy()
+        sample = at.sample.to_numpy().reshape(-1, 5)[:n_samples].astype(np.float64)
+        span, owner = at.span.to_numpy().reshape(-1, 2)[:n_rays], owner[:n_samples]
+        assert np.array_equal(span[:, 1], n * (ray[:, 3] < ray[:, 7])) and 0 < (span[:, 1] == 0).sum() < n_rays
+        feature = ENCODINGS[family.encoding](sample, ray[owner], camera[view[owner]])
+        levels.append((at.net, span, sample, feature, ray[owner, 4:7]))
+
+    def model(params):
+        """Pixels of both levels, their losses, and the sum of the weighted losses."""
+        pixels = []
+        for net, span, sample, feature, direction in levels:
+            flat = params[net.first:net.first + net.n_weights]
+            rgb_sigma = deep_model(flat, net, feature, direction, HEADS[name])
+            pixels.append(composite_model(span, sample, rgb_sigma, start)[0])
+        loss = [loss_model(pixel, truth, kept, background).sum() for pixel in pixels]
+        return pixels, loss, (COARSE_SHARE[name] * loss[0] + loss[1]) / n_rays
+
+    params = m.params.to_numpy().ravel().astype(np.float64)
+    pixels, loss, _ = model(params)
+    for what, got, want, sums in zip(("coarse", "fine"), losses, pixels, loss):
+        assert_close(f"{name}: {what} pixels", got[0], want, 1e-4)
+        assert_close(f"{name}: {what} loss", got[1], sums, 1e-4)
+    assert np.abs(pixels[0] - pixels[1]).max() > 0.01
+    grad = m.grad_params.to_numpy().ravel().astype(np.float64)
+    parts = [(f"network {i}, layer {l}", layer.param, 64 * layer.n_out * (layer.n_x + 64 * layer.n_h))
+             for i, net in enumerate(m.nets) for l, layer in enumerate(net.layers)]
+    parts += [(f"MLP {i}", mlp.first, 64 * (mlp.n_in + mlp.n_out)) for i, mlp in enumerate(m.mlps)]
+    assert sum(size for _, _, size in parts) == params.size
+    for what, first, size in parts:
+        got, want, h = [], [], 2e-9                  # a larger one crosses the kinks of ReLUs
+        largest = np.argsort(-np.abs(grad[first:first + size]))[:2]
+        for d in [*rng.normal(size=(2, size)), *(np.eye(1, size, entry)[0] for entry in largest)]:
+            way = np.zeros(params.size)
+            way[first:first + size] = d
+            got.append((grad * way).sum())
+            want.append((model(params + h * way)[2] - model(params - h * way)[2]) / (2 * h))
+        assert_close(f"full gradient: {name}, {what}", got[:2], want[:2], 1e-4)
+        assert_close("  its 2 largest entries", got[2:], want[2:], 1e-4)
+
+
+COARSE_SHARE = dict(nerf=1.0)
+ENCODINGS = dict(frequency_encode=lambda sample, ray, camera: point_model(sample[:, :3]))
+
+
+@pytest.fixture
+def small_family(monkeypatch):
+    """Models of the smallest kind."""
+    for name in FAMILY:
+        small = dict(coarse=8, fine=8, blocks=1)
+        monkeypatch.setattr(tinynerf.MODELS[name], "settings", dict(cpu=small, gpu=small))
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_train_sampled(steady, small_family, monkeypatch, tmp_path, name):
+    """A model that samples does not learn, or a saved one renders another picture than the one that was trained."""
+    m = tinynerf.MODELS[name].make({**TINY, **tinynerf.MODELS[name].settings["cpu"]}, BOX)
+    losses, views = [], tinynerf.upload_views(m, sphere_views(12))
+    total = tinynerf.train(m, views, 0, 120, report=lambda **line: losses.append(line["loss"]))
+    test = sphere_views(2, phase=1.0)
+    metrics = tinynerf.evaluate(m, test)
+    print(f"{name}: psnr {metrics['psnr']:.2f} dB, {total['samples']} samples, "
+          f"loss {losses[0]:.4f} to {losses[-1]:.4f}")
+    assert 17 < metrics["psnr"] < 30 and total["rays_dropped"] == 0          # all white: 13
+    check_saved(m, test, monkeypatch, tmp_path)
 
 
 # ---- Scenes, measures, cameras --------------------------------------------------------------------------------------
@@ -2898,8 +3209,9 @@ def test_commands(tmp_path, monkeypatch, capsys, recwarn):
         frame = imageio.imread(f"photos/test/000{i}.png")
         assert frame.shape == shape and np.array_equal(frame, imageio.imread(f"photos/run/test/00{i}.png"))
 
-    step = [tinynerf.train_step, tinynerf.compare, tinynerf.march, tinynerf.scan, tinynerf.forward, tinynerf.probe,
-            tinynerf.backward, tinynerf.color_backward, tinynerf.adam, tinynerf.load_weights]
+    step = [tinynerf.train_step, tinynerf.compare, tinynerf.compare_pixels, tinynerf.march, tinynerf.scan,
+            tinynerf.forward, tinynerf.probe, tinynerf.backward, tinynerf.color_backward, tinynerf.adam,
+            tinynerf.load_weights]
     launched = set(re.findall(r"\bk\.([a-z]\w+)\(", "".join(map(inspect.getsource, step))))
     only_photos = {"contract_samples", "distortion_forward", "distortion_backward", "code_backward"}
     assert set(tinynerf.step_work(tinynerf.Model(TINY, BOX), 1, 1, 1)) == launched - only_photos
