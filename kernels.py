@@ -1790,11 +1790,13 @@ def layer_backward_weight(n_x: ti.i32, n_h: ti.i32, n_out: ti.i32, capacity: ti.
             partial[at + c] = total[c]
 
 
-# ---- NeRF's density
+# ---- Density of the models that sample. NeRF's own is relu(geometry[0]), which has no slope where there is no density:
+# on a colored sphere before a background, the network of the tests put out 0 everywhere after a few steps, for good.
+# mip-NeRF's is softplus(geometry[0] - 1), and both models have that here.
 
 @ti.kernel
-def density_relu_forward(counter: i32buf, geometry: rows16, rgb_sigma: f32buf):
-    """sigma[i] = relu(geometry[i][0])
+def density_softplus_forward(counter: i32buf, geometry: rows16, rgb_sigma: f32buf):
+    """sigma[i] = softplus(geometry[i][0] - 1) = log(1 + exp(geometry[i][0] - 1))
 
     counter    [4]                     in
     geometry   [n_samples] rows of 16  in    output of the density MLP
@@ -1802,16 +1804,17 @@ def density_relu_forward(counter: i32buf, geometry: rows16, rgb_sigma: f32buf):
     thread     one per sample
     """
     for i in range(counter[0]):
-        rgb_sigma[4 * i + 3] = ti.max(geometry[i][0], 0.0)
+        x = geometry[i][0] - 1.0
+        rgb_sigma[4 * i + 3] = ti.max(x, 0.0) + ti.log(1.0 + ti.exp(-ti.abs(x)))
 
 
 @ti.kernel
-def density_relu_backward(counter: i32buf, rgb_sigma: f32buf, grad_rgb_sigma: f32buf, grad_color_input: rows64,
-                          grad_geometry: rows16):
-    """grad_geometry[i] = grad_color_input[i][:16] + (grad_sigma where sigma > 0, 0, ..., 0)
+def density_softplus_backward(counter: i32buf, rgb_sigma: f32buf, grad_rgb_sigma: f32buf, grad_color_input: rows64,
+                              grad_geometry: rows16):
+    """grad_geometry[i] = grad_color_input[i][:16] + ((1 - exp(-sigma)) grad_sigma, 0, ..., 0)
 
     counter           [4]                     in
-    rgb_sigma         [n_samples, 4]          in    [3] = sigma
+    rgb_sigma         [n_samples, 4]          in    [3] = sigma; softplus' = 1 - exp(-softplus)
     grad_rgb_sigma    [n_samples, 4]          in    [3]
     grad_color_input  [n_samples] rows of 64  in    the first 16 entries
     grad_geometry     [n_samples] rows of 16  out
@@ -1820,8 +1823,8 @@ def density_relu_backward(counter: i32buf, rgb_sigma: f32buf, grad_rgb_sigma: f3
     for i in range(counter[0]):
         for c in ti.static(range(OUTPUT)):
             grad_geometry[i][c] = grad_color_input[i][c]
-        if rgb_sigma[4 * i + 3] > 0.0:
-            grad_geometry[i][0] = grad_color_input[i][0] + grad_rgb_sigma[4 * i + 3]
+        slope = 1.0 - ti.exp(-rgb_sigma[4 * i + 3])
+        grad_geometry[i][0] = grad_color_input[i][0] + slope * grad_rgb_sigma[4 * i + 3]
 
 
 # ---- Cones instead of rays (Barron et al. 2021, "Mip-NeRF"): a pixel sees a cone, and a part of it, a conical frustum,
@@ -1896,39 +1899,6 @@ def integrated_encode_forward(counter: i32buf, sample_ray: i32buf, ray: f32buf, 
                 exponent *= 4.0
             feature[i][6 * FREQUENCIES + c] = 0.0
         feature[i][6 * FREQUENCIES + 3] = 1.0
-
-
-@ti.kernel
-def density_softplus_forward(counter: i32buf, geometry: rows16, rgb_sigma: f32buf):
-    """sigma[i] = softplus(geometry[i][0] - 1) = log(1 + exp(geometry[i][0] - 1)): never without a slope
-
-    counter    [4]                     in
-    geometry   [n_samples] rows of 16  in    output of the density MLP
-    rgb_sigma  [n_samples, 4]          out   [3]
-    thread     one per sample
-    """
-    for i in range(counter[0]):
-        x = geometry[i][0] - 1.0
-        rgb_sigma[4 * i + 3] = ti.max(x, 0.0) + ti.log(1.0 + ti.exp(-ti.abs(x)))
-
-
-@ti.kernel
-def density_softplus_backward(counter: i32buf, rgb_sigma: f32buf, grad_rgb_sigma: f32buf, grad_color_input: rows64,
-                              grad_geometry: rows16):
-    """grad_geometry[i] = grad_color_input[i][:16] + ((1 - exp(-sigma)) grad_sigma, 0, ..., 0)
-
-    counter           [4]                     in
-    rgb_sigma         [n_samples, 4]          in    [3] = sigma; softplus' = 1 - exp(-softplus)
-    grad_rgb_sigma    [n_samples, 4]          in    [3]
-    grad_color_input  [n_samples] rows of 64  in    the first 16 entries
-    grad_geometry     [n_samples] rows of 16  out
-    thread            one per sample
-    """
-    for i in range(counter[0]):
-        for c in ti.static(range(OUTPUT)):
-            grad_geometry[i][c] = grad_color_input[i][c]
-        slope = 1.0 - ti.exp(-rgb_sigma[4 * i + 3])
-        grad_geometry[i][0] = grad_color_input[i][0] + slope * grad_rgb_sigma[4 * i + 3]
 
 
 @ti.kernel

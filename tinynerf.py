@@ -948,17 +948,17 @@ def weigh_cones(m, n_rays):
 # coarse pixels counts. Of their settings, coarse and fine are samples per ray, blocks of 64 neurons a layer's width.
 SAMPLED = dict(step=sampled_step, draw=draw_sampled_rays,
                info=dict(settings=dict(coarse=(1, 1024), fine=(1, 1024), blocks=(1, 4))))
-SAMPLED_CPU = dict(march=2**15, batch=2**14, chunk=512, frames=12, blocks=1)
+SAMPLED_CPU = dict(march=2**15, batch=2**13, frames=12, blocks=1)
 SAMPLED_GPU = dict(march=2**18, batch=2**17, blocks=4)
 MODELS = {name: types.SimpleNamespace(**parts) for name, parts in dict(
     ngp=dict(make=Model, step=train_step, draw=draw_rays, rates=None, settings=dict(cpu={}, gpu={}), info={}),
-    nerf=dict(SAMPLED, make=NeRF, rates=(2e-3, 2e-4), n_nets=2, merge=1, middle=0.0, weigh=weigh_points,
-              encoding="frequency_encode", cones=False, density="density_relu", color="color_head",
-              coarse_loss=1.0, settings=dict(cpu=dict(SAMPLED_CPU, coarse=32, fine=64),
+    nerf=dict(SAMPLED, make=NeRF, rates=(5e-3, 5e-4), n_nets=2, merge=1, middle=0.0, weigh=weigh_points,
+              encoding="frequency_encode", cones=False, density="density_softplus", color="color_head",
+              coarse_loss=1.0, settings=dict(cpu=dict(SAMPLED_CPU, coarse=24, fine=24),
                                              gpu=dict(SAMPLED_GPU, coarse=64, fine=128))),
-    mipnerf=dict(SAMPLED, make=MipNeRF, rates=(2e-3, 2e-4), n_nets=1, merge=0, middle=0.5, weigh=weigh_cones,
+    mipnerf=dict(SAMPLED, make=MipNeRF, rates=(5e-3, 5e-4), n_nets=1, merge=0, middle=0.5, weigh=weigh_cones,
                  encoding="integrated_encode", cones=True, density="density_softplus", color="color_wide",
-                 coarse_loss=0.1, settings=dict(cpu=dict(SAMPLED_CPU, coarse=64, fine=64),
+                 coarse_loss=0.1, settings=dict(cpu=dict(SAMPLED_CPU, coarse=32, fine=32),
                                                 gpu=dict(SAMPLED_GPU, coarse=128, fine=128))),
 ).items()}
 
