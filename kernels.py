@@ -1490,6 +1490,7 @@ STREAM_COARSE, STREAM_FINE = 10, 11      # random numbers of the samples along a
 FREQUENCIES = 10                         # L of a position's encoding: 6 L numbers, 3 of the position and a 1 are 64
 DIRECTION_FREQUENCIES = 4                # L of a direction's: 6 L + 3 numbers
 MARGIN = 0.001                           # by which mip-NeRF's colors reach beyond [0, 1]
+BETA_MIN = 0.03                          # least uncertainty of a pixel of NeRF in the Wild
 
 
 # ---- Sampling rays from end to end (NeRF, sections 4 and 5.2): no grid says where something may be. The coarse samples
@@ -1940,3 +1941,214 @@ def weigh_loss(n_rays: ti.i32, share: ti.f32, grad_pixel: f32buf):
     """
     for t in range(4 * n_rays):
         grad_pixel[t] = share * grad_pixel[t]
+
+
+# ---- Photographs by strangers (Martin-Brualla et al. 2021, "NeRF in the Wild", section 4.2), on the hash grid above:
+# whoever walks through one photograph is in no other. A second color MLP, with a code of its own for each photograph,
+# puts out what only that one shows: color, density, and how uncertain the pixel is, by which its error counts less.
+# `transient` [n_samples, 5] holds rgb, density u and uncertainty b of each sample. New views leave all of it away. Its
+# samples are those that are kept for the static part, which has some wherever a photograph shows more than background.
+
+@ti.kernel
+def transient_head_forward(counter: i32buf, transient_raw: rows16, transient: f32buf):
+    """rgb = sigmoid(raw[:3]),  u = softplus(raw[3]),  b = softplus(raw[4]) = log(1 + exp(raw[4]))
+
+    counter        [4]                     in
+    transient_raw  [n_samples] rows of 16  in    output of the transient MLP: the first 5 entries
+    transient      [n_samples, 5]          out
+    thread         one per sample
+    """
+    for i in range(counter[0]):
+        for c in ti.static(range(3)):
+            transient[5 * i + c] = 1.0 / (1.0 + ti.exp(-transient_raw[i][c]))
+        for c in ti.static(range(3, 5)):
+            x = transient_raw[i][c]
+            transient[5 * i + c] = ti.max(x, 0.0) + ti.log(1.0 + ti.exp(-ti.abs(x)))
+
+
+@ti.kernel
+def transient_head_backward(counter: i32buf, transient: f32buf, grad_transient: f32buf, grad_transient_raw: rows16):
+    """The slope of the sigmoid is rgb (1 - rgb), that of softplus 1 - exp(-softplus).
+
+    counter             [4]                     in
+    transient           [n_samples, 5]          in
+    grad_transient      [n_samples, 5]          in
+    grad_transient_raw  [n_samples] rows of 16  out   the first 5 entries
+    thread              one per sample
+    """
+    for i in range(counter[0]):
+        for c in ti.static(range(5)):
+            x = transient[5 * i + c]
+            slope = x * (1.0 - x) if c < 3 else 1.0 - ti.exp(-x)
+            grad_transient_raw[i][c] = slope * grad_transient[5 * i + c]
+
+
+@ti.kernel
+def transient_input_backward(counter: i32buf, grad_transient_input: rows64, grad_color_input: rows64):
+    """The geometry goes into both color MLPs (color_input_forward, with either code): its gradients add.
+
+    counter               [4]                     in
+    grad_transient_input  [n_samples] rows of 64  in      the first 16 entries
+    grad_color_input      [n_samples] rows of 64  in-out  the first 16 entries
+    thread                one per sample
+    """
+    for i in range(counter[0]):
+        for c in ti.static(range(OUTPUT)):
+            grad_color_input[i][c] = grad_color_input[i][c] + grad_transient_input[i][c]
+
+
+@ti.kernel
+def composite_both_forward(n_rays: ti.i32, ray_span: i32buf, sample: f32buf, rgb_sigma: f32buf, transient: f32buf,
+                           pixel: f32buf):
+    """Static and transient part before and behind each other (section 4.2): both dim, both shine,
+
+        alpha_k = 1 - exp(-sigma_k dt_k),  alpha'_k = 1 - exp(-u_k dt_k),  T_{k+1} = T_k exp(-(sigma_k + u_k) dt_k)
+        pixel   = sum_k T_k (alpha_k rgb_k + alpha'_k rgb'_k)        until T_k < T_STOP; pixel[3] = T_end
+
+    ray_span   [n_rays, 2]     in
+    sample     [n_samples, 5]  in    [4] = dt
+    rgb_sigma  [n_samples, 4]  in
+    transient  [n_samples, 5]  in    [0:4] = rgb', u
+    pixel      [n_rays, 4]     out   in place of what composite_forward left there
+    thread     one per ray
+    """
+    for r in range(n_rays):
+        T = 1.0
+        color = vec3(0.0)
+        first = ray_span[2 * r]
+        for i in range(first, first + ray_span[2 * r + 1]):
+            if T < T_STOP:
+                break
+            through = ti.exp(-rgb_sigma[4 * i + 3] * sample[5 * i + 4])
+            through_too = ti.exp(-transient[5 * i + 3] * sample[5 * i + 4])
+            for c in ti.static(range(3)):
+                color[c] += T * ((1.0 - through) * rgb_sigma[4 * i + c] + (1.0 - through_too) * transient[5 * i + c])
+            T *= through * through_too
+        for c in ti.static(range(3)):
+            pixel[4 * r + c] = color[c]
+        pixel[4 * r + 3] = T
+
+
+@ti.kernel
+def composite_both_backward(n_rays: ti.i32, ray_span: i32buf, sample: f32buf, rgb_sigma: f32buf, transient: f32buf,
+                            pixel: f32buf, grad_pixel: f32buf, grad_rgb_sigma: f32buf, grad_transient: f32buf):
+    """As composite_backward, with behind_k the light of both parts from samples after k:
+
+        grad_rgb_k   = T_k alpha_k grad_pixel            grad_rgb'_k = T_k alpha'_k grad_pixel
+        grad_sigma_k = dt_k ((T_k exp(-sigma_k dt_k) rgb_k - behind_k) . grad_pixel - T_end grad_T)
+        grad_u_k     = dt_k ((T_k exp(-u_k dt_k) rgb'_k - behind_k) . grad_pixel - T_end grad_T)
+
+    ray_span        [n_rays, 2]     in
+    sample          [n_samples, 5]  in
+    rgb_sigma       [n_samples, 4]  in
+    transient       [n_samples, 5]  in
+    pixel           [n_rays, 4]     in    from composite_both_forward
+    grad_pixel      [n_rays, 4]     in
+    grad_rgb_sigma  [n_samples, 4]  out   0 behind the early stop
+    grad_transient  [n_samples, 5]  out   [0:4], 0 behind the early stop; [4] = 0
+    thread          one per ray, which owns its samples
+    """
+    for r in range(n_rays):
+        T = 1.0
+        behind = vec3(pixel[4 * r], pixel[4 * r + 1], pixel[4 * r + 2])
+        first = ray_span[2 * r]
+        for i in range(first, first + ray_span[2 * r + 1]):
+            for c in ti.static(range(4)):
+                grad_rgb_sigma[4 * i + c] = 0.0
+            for c in ti.static(range(5)):
+                grad_transient[5 * i + c] = 0.0
+            if T >= T_STOP:
+                through = ti.exp(-rgb_sigma[4 * i + 3] * sample[5 * i + 4])
+                through_too = ti.exp(-transient[5 * i + 3] * sample[5 * i + 4])
+                gain = -pixel[4 * r + 3] * grad_pixel[4 * r + 3]
+                gain_too = gain
+                for c in ti.static(range(3)):
+                    w, w_too = T * (1.0 - through), T * (1.0 - through_too)
+                    # No rounding beyond what can be behind: of both parts, at most 2 T each.
+                    behind[c] = ti.math.clamp(behind[c] - w * rgb_sigma[4 * i + c] - w_too * transient[5 * i + c],
+                                              0.0, 2.0 * T * through * through_too)
+                    grad_rgb_sigma[4 * i + c] = w * grad_pixel[4 * r + c]
+                    grad_transient[5 * i + c] = w_too * grad_pixel[4 * r + c]
+                    gain += (T * through * rgb_sigma[4 * i + c] - behind[c]) * grad_pixel[4 * r + c]
+                    gain_too += (T * through_too * transient[5 * i + c] - behind[c]) * grad_pixel[4 * r + c]
+                grad_rgb_sigma[4 * i + 3] = sample[5 * i + 4] * gain
+                grad_transient[5 * i + 3] = sample[5 * i + 4] * gain_too
+                T *= through * through_too
+
+
+@ti.kernel
+def uncertainty_forward(n_rays: ti.i32, ray_span: i32buf, sample: f32buf, transient: f32buf, beta: f32buf):
+    """Uncertainty of a pixel, rendered from the transient part alone:
+
+        beta = BETA_MIN + sum_k T'_k alpha'_k b_k        T'_{k+1} = T'_k exp(-u_k dt_k)
+
+    The paper adds the minimum to each b_k; then pixels without a transient part would have none.
+    ray_span   [n_rays, 2]     in
+    sample     [n_samples, 5]  in    [4] = dt
+    transient  [n_samples, 5]  in    [3] = u, [4] = b
+    beta       [n_rays]        out
+    thread     one per ray
+    """
+    for r in range(n_rays):
+        T, total = 1.0, BETA_MIN
+        for i in range(ray_span[2 * r], ray_span[2 * r] + ray_span[2 * r + 1]):
+            through = ti.exp(-transient[5 * i + 3] * sample[5 * i + 4])
+            total += T * (1.0 - through) * transient[5 * i + 4]
+            T *= through
+        beta[r] = total
+
+
+@ti.kernel
+def weigh_by_uncertainty(n_rays: ti.i32, counter: i32buf, loss: f32buf, beta: f32buf, grad_pixel: f32buf,
+                         grad_beta: f32buf):
+    """The squared error as the likelihood of a normal distribution of deviation beta:
+
+        L = 1/N sum_r |color - target|^2 / (2 beta^2) + log(beta^2) / 2           N = counter[1]
+        grad_beta = 1/N (1 / beta - |color - target|^2 / beta^3)
+
+    loss_and_gradient's L is the same but for the factor 3 / (2 beta^2); rays that do not count have no loss there.
+    counter     [4]          in      of the march
+    loss        [n_rays]     in      |color - target|^2 / 3
+    beta        [n_rays]     in
+    grad_pixel  [n_rays, 4]  in-out  from loss_and_gradient
+    grad_beta   [n_rays]     out     0 where the ray does not count
+    thread      one per ray
+    """
+    for r in range(n_rays):
+        inverse = 1.0 / beta[r]
+        for c in ti.static(range(4)):
+            grad_pixel[4 * r + c] = 1.5 * inverse * inverse * grad_pixel[4 * r + c]
+        grad_beta[r] = 0.0
+        if loss[r] > 0.0:
+            grad_beta[r] = (inverse - 3.0 * loss[r] * inverse * inverse * inverse) / ti.max(counter[1], 1)
+
+
+@ti.kernel
+def uncertainty_backward(n_rays: ti.i32, strength: ti.f32, counter: i32buf, ray_span: i32buf, sample: f32buf,
+                         transient: f32buf, beta: f32buf, grad_beta: f32buf, grad_transient: f32buf):
+    """Gradient of uncertainty_forward, and of strength / N sum_r (mean of u_k over the ray's samples), which keeps the
+    transient part for what the static one cannot say, on top of that of composite_both_backward:
+
+        grad_b_k  = T'_k alpha'_k grad_beta
+        grad_u_k += dt_k (T'_{k+1} b_k - sum_{m>k} T'_m alpha'_m b_m) grad_beta + strength / (N n_samples of the ray)
+
+    counter         [4]             in      of the march: [1] = N
+    ray_span        [n_rays, 2]     in
+    sample          [n_samples, 5]  in
+    transient       [n_samples, 5]  in
+    beta            [n_rays]        in      from uncertainty_forward
+    grad_beta       [n_rays]        in
+    grad_transient  [n_samples, 5]  in-out  [3] and [4]
+    thread          one per ray, which owns its samples
+    """
+    for r in range(n_rays):
+        T, behind = 1.0, beta[r] - BETA_MIN
+        toll = strength / (ti.max(counter[1], 1) * ti.max(ray_span[2 * r + 1], 1))
+        for i in range(ray_span[2 * r], ray_span[2 * r] + ray_span[2 * r + 1]):
+            through = ti.exp(-transient[5 * i + 3] * sample[5 * i + 4])
+            w = T * (1.0 - through)
+            T *= through
+            behind -= w * transient[5 * i + 4]
+            grad_transient[5 * i + 4] = w * grad_beta[r]
+            gain = (T * transient[5 * i + 4] - behind) * grad_beta[r]
+            grad_transient[5 * i + 3] = grad_transient[5 * i + 3] + sample[5 * i + 4] * gain + toll

@@ -65,6 +65,7 @@ PLACE = 0.5                     # captures: radius of the ball that is not bent,
 NEAR = 0.1                      # captures: distance of the nearest sample in such radii
 GROWTH = 4.0                    # unbounded scenes: steps grow by GROWTH / (steps along the diagonal) of the distance
 DISTORTION = 0.03               # unbounded scenes: strength of the distortion loss
+TRANSIENT = 0.01                # nerfw: strength of the loss that keeps the transient part thin
 HOST_MB = 400                   # what Taichi, its compiler and pictures take besides buffers
 READ_EVERY = 16                 # steps between two looks of the host at the counters
 CHECKPOINT_SECONDS = 30         # between two checkpoints
@@ -451,7 +452,7 @@ class Model:
     name, marches = "ngp", True                      # see MODELS; whether an occupancy grid says where samples may be
     KEPT = ("params", "occupancy", "moment", "density_grid", "lit_step")     # buffers that outlive a step,
     DRAWN = ("params", "occupancy")                                          # and those that a picture needs
-    nets = ()                                        # deep networks: see SampledModel
+    nets, more_mlps, code_sets = (), {}, 1           # deep networks, see SampledModel; what only WildModel has
 
     def __init__(self, settings, space, n_photos=0, n_levels=N_LEVELS, training=True, dry=False):
         """settings: an entry of MACHINES; space: from place_scene; n_photos: that get codes, for their differences. A
@@ -462,10 +463,12 @@ class Model:
         n, n_rays, cells = settings["march"], settings["rays"], settings["grid"] ** 3
         layout = level_layout(settings, n_levels)
         self.n_slots = int(layout[:, 2].sum())
-        mlps = {name: (n_in + self.n_code * (name == "color"), *rest) for name, (n_in, *rest) in MLPS.items()}
+        mlps = {name: (n_in + self.n_code * (name != "density"), *rest)
+                for name, (n_in, *rest) in {**MLPS, **self.more_mlps}.items()}
         self.n_weights = k.WIDTH * sum(count_rows(*mlp) for mlp in mlps.values())
         self.first_code = self.n_slots * k.N_FEATURES + self.n_weights
-        self.n_rows = (self.first_code + self.n_code * (n_photos + 1)) // k.N_FEATURES     # one more: the neutral code
+        self.n_codes = self.n_code * (n_photos + 1)              # numbers; one code more: the neutral one
+        self.n_rows = (self.first_code + self.code_sets * self.n_codes) // k.N_FEATURES
         self.pitch = self.n_weights + 16                         # of a row of `partial`
 
         f32, i32, u32 = ti.f32, ti.i32, ti.u32
@@ -629,15 +632,16 @@ def forward(m, n_rays, n_steps, first_code):
 
 def backward(m, n_rays):
     """Mirror of forward() for the samples that were kept, bottom to top: from grad_pixel to grad_params."""
-    counter, capacity, chunk, pitch = m.counter, m.settings["march"], m.settings["chunk"], m.pitch
     k.composite_backward(n_rays, m.ray_span, m.sample, m.rgb_sigma, m.pixel, m.grad_pixel, m.grad_rgb_sigma)
     if m.space.unbounded:
-        k.distortion_forward(n_rays, m.ray_span, m.sample, m.rgb_sigma, m.distortion)
-        k.distortion_backward(n_rays, DISTORTION, m.march_counter, m.ray_span, m.sample, m.rgb_sigma, m.distortion,
-                              m.grad_rgb_sigma)
+        spread_backward(m, n_rays)
     color_backward(m, m.first_code)
+    field_backward(m)
 
-    net = m.color
+
+def field_backward(m):
+    """The rest of backward(): from grad_color_input to grad_params."""
+    net, counter, capacity, chunk, pitch = m.color, m.counter, m.settings["march"], m.settings["chunk"], m.pitch
     k.mlp_backward_weight(net.n_in, net.n_hidden, net.n_out, capacity, chunk, pitch, net.first - m.density.first,
                           counter, m.color_input, m.color_hidden, m.grad_color_hidden, m.grad_color_raw, m.partial)
 
@@ -651,6 +655,13 @@ def backward(m, n_rays):
     n_chunks = max(512, -(-capacity // add_chunk))                    # a CPU takes 512 turns of a loop as one task
     k.hash_encode_backward(m.n_levels, n_chunks, add_chunk, counter, m.level, m.sample, m.grad_feature, m.grad_params)
     k.sum_partials(m.n_weights, chunk, pitch, m.density.first, counter, m.partial, m.grad_params)
+
+
+def spread_backward(m, n_rays):
+    """The distortion loss, into grad_rgb_sigma."""
+    k.distortion_forward(n_rays, m.ray_span, m.sample, m.rgb_sigma, m.distortion)
+    k.distortion_backward(n_rays, DISTORTION, m.march_counter, m.ray_span, m.sample, m.rgb_sigma, m.distortion,
+                          m.grad_rgb_sigma)
 
 
 def color_backward(m, first_code):
@@ -835,6 +846,22 @@ class MipNeRF(SampledModel):
         self.wide_weight = self.new(ti.f32, self.settings["march"])
 
 
+class WildModel(Model):
+    """Martin-Brualla et al. 2021: ngp, and a part that is another one in each photograph, and uncertain."""
+    name, more_mlps, code_sets = "nerfw", {"transient_net": (2 * k.OUTPUT, 2, 5)}, 2
+
+    def __init__(self, settings, space, n_photos=0, n_levels=N_LEVELS, training=True, dry=False):
+        super().__init__(settings, space, n_photos, n_levels, training, dry)
+        n, n_rays = settings["march"], settings["rays"]
+        self.first_transient = self.first_code + self.n_codes    # code: a second one for each photograph
+        if training:
+            self.transient_input, self.transient_hidden = self.new(k.row64, n), self.new(k.row64, 2 * n)
+            self.transient_raw, self.transient = self.new(k.row16, n), self.new(ti.f32, 5 * n)
+            self.grad_transient_input, self.grad_transient_hidden = self.new(k.row64, n), self.new(k.row64, 2 * n)
+            self.grad_transient_raw, self.grad_transient = self.new(k.row16, n), self.new(ti.f32, 5 * n)
+            self.beta, self.grad_beta = self.new(ti.f32, n_rays), self.new(ti.f32, n_rays)
+
+
 def load_layers(m, net):
     """Weights of a deep network into wide rows."""
     for layer in net.layers:
@@ -941,6 +968,52 @@ def weigh_cones(m, n_rays):
     return m.wide_weight
 
 
+def transient_forward(m, n_rays):
+    """After forward(): pixels again, with the transient part, and their uncertainty."""
+    net, counter, capacity = m.transient_net, m.counter, m.settings["march"]
+    k.color_input_forward(m.n_code, m.first_transient, counter, m.geometry, m.sample_ray, m.ray, m.ray_view, m.params,
+                          m.transient_input)
+    k.mlp_forward(net.n_in, net.n_hidden, capacity, counter, m.transient_input, net.weight, net.weight_out,
+                  m.transient_hidden, m.transient_raw)
+    k.transient_head_forward(counter, m.transient_raw, m.transient)
+    k.composite_both_forward(n_rays, m.ray_span, m.sample, m.rgb_sigma, m.transient, m.pixel)
+    k.uncertainty_forward(n_rays, m.ray_span, m.sample, m.transient, m.beta)
+
+
+def transient_backward(m, n_rays):
+    """Mirror of transient_forward() in place of backward(): from grad_pixel and grad_beta to grad_params."""
+    net, counter, capacity, chunk = m.transient_net, m.counter, m.settings["march"], m.settings["hash_chunk"]
+    k.composite_both_backward(n_rays, m.ray_span, m.sample, m.rgb_sigma, m.transient, m.pixel, m.grad_pixel,
+                              m.grad_rgb_sigma, m.grad_transient)
+    if m.space.unbounded:
+        spread_backward(m, n_rays)
+    k.uncertainty_backward(n_rays, TRANSIENT, m.march_counter, m.ray_span, m.sample, m.transient, m.beta, m.grad_beta,
+                           m.grad_transient)
+    k.transient_head_backward(counter, m.transient, m.grad_transient, m.grad_transient_raw)
+    k.mlp_backward_input(net.n_hidden, net.n_out, capacity, counter, m.transient_hidden, net.weight_t,
+                         m.grad_transient_raw, m.grad_transient_hidden, m.grad_transient_input)
+    k.mlp_backward_weight(net.n_in, net.n_hidden, net.n_out, capacity, m.settings["chunk"], m.pitch,
+                          net.first - m.density.first, counter, m.transient_input, m.transient_hidden,
+                          m.grad_transient_hidden, m.grad_transient_raw, m.partial)
+    k.code_backward(m.n_code, m.first_transient, -(-capacity // chunk), chunk, counter, m.sample_ray, m.ray_view,
+                    m.grad_transient_input, m.grad_params)
+    color_backward(m, m.first_code)
+    k.transient_input_backward(counter, m.grad_transient_input, m.grad_color_input)
+    field_backward(m)
+
+
+def wild_step(m, n_rays, views, seed, step, learning_rate):
+    """train_step() with the transient part."""
+    k.pick_pixels(n_rays, views.n, seed, step, views.size, m.ray_pixel, m.ray_view)
+    compare(m, n_rays, views, seed, step, m.first_code)
+    k.mark_lit_cells(n_rays, m.settings["grid"], step, m.march_span, m.march_sample, m.march_sigma, m.keep, m.lit_step)
+    transient_forward(m, n_rays)
+    compare_pixels(m, n_rays, views, seed, step, m.march_counter)
+    k.weigh_by_uncertainty(n_rays, m.march_counter, m.loss, m.beta, m.grad_pixel, m.grad_beta)
+    transient_backward(m, n_rays)
+    adam(m, step + 1, learning_rate)
+
+
 # What a model is made of: its class; a training step, and the pixels of a picture, as lists of launches; the first and
 # last learning rate, if not those above; what differs in MACHINES; what its file says otherwise than MODEL_INFO has it.
 # Models that sample: number of networks; whether fine samples are added to coarse ones; where in its part of the ray
@@ -960,6 +1033,7 @@ MODELS = {name: types.SimpleNamespace(**parts) for name, parts in dict(
                  encoding="integrated_encode", cones=True, density="density_softplus", color="color_wide",
                  coarse_loss=0.1, settings=dict(cpu=dict(SAMPLED_CPU, coarse=32, fine=32),
                                                 gpu=dict(SAMPLED_GPU, coarse=128, fine=128))),
+    nerfw=dict(make=WildModel, step=wild_step, draw=draw_rays, rates=None, settings=dict(cpu={}, gpu={}), info={}),
 ).items()}
 
 
@@ -1409,6 +1483,11 @@ def machine_settings(name, machine, unbounded=0):
     return {**MACHINES[machine], **MODELS[name].settings.get(machine, {}), **(UNBOUNDED[machine] if unbounded else {})}
 
 
+def count_photos(name, scene):
+    """How many photographs get codes."""
+    return len(scene.train.size) if scene.capture or MODELS[name].make is WildModel else 0
+
+
 def check_model(name, space):
     """UserError if a model cannot do what a scene asks for."""
     if space.unbounded and not MODELS[name].make.marches:
@@ -1532,7 +1611,7 @@ def command_train(args):
         print(f"{args.scene}: {line}")
     print(f"{args.scene}: {len(scene.train.size)} training views, {len(scene.test.size)} held out ({scene.split}), "
           f"{width}x{height}, read in {time.perf_counter() - start:.1f} s")
-    n_photos, checksum = len(scene.train.size) if scene.capture else 0, zlib.crc32(scene.train.size.tobytes())
+    n_photos, checksum = count_photos(args.model, scene), zlib.crc32(scene.train.size.tobytes())
     if resume:
         if (n_photos, checksum) != (old["n_photos"], old["views"]):
             raise UserError(f"{args.scene} is not what {out} is trained on: it has other views or sizes",
@@ -1734,7 +1813,7 @@ def measure_floors(m):
 def step_work(m, rays, marched, kept):
     """What a training step asks of each kernel: {name: (floor, amount)}, FLOPs of products or bytes that must be read
     and written at least. Marching and random numbers are counted by their bytes, although they mostly compute."""
-    forward = sum(2 * k.WIDTH * count_rows(net.n_in, net.n_hidden, net.n_out) for net in (m.density, m.color))
+    forward = sum(2 * k.WIDTH * count_rows(net.n_in, net.n_hidden, net.n_out) for net in m.mlps)
     corners = 8 * m.n_levels * 4 * k.N_FEATURES                                  # bytes of table per sample
     work = dict(
         pick_pixels=("copy", 4 * rays), generate_rays=("copy", 60 * rays), count_samples=("copy", 44 * rays),
@@ -1756,6 +1835,13 @@ def step_work(m, rays, marched, kept):
     if m.space.unbounded:
         work.update(contract_samples=("copy", 24 * marched), distortion_forward=("copy", 20 * rays + 12 * kept),
                     distortion_backward=("copy", 20 * rays + 20 * kept))
+    if m.name == "nerfw":
+        del work["composite_backward"]
+        work.update(transient_head_forward=("copy", 84 * kept), transient_head_backward=("copy", 104 * kept),
+                    composite_both_forward=("copy", 24 * rays + 40 * kept),
+                    composite_both_backward=("copy", 40 * rays + 76 * kept), uncertainty_forward=("copy", 12 * kept),
+                    uncertainty_backward=("copy", 16 * rays + 28 * kept), weigh_by_uncertainty=("copy", 44 * rays),
+                    transient_input_backward=("copy", 192 * kept))
     if m.n_code:
         work.update(code_backward=("copy", 4 * (1 + m.n_code) * kept))
     return work
@@ -1795,7 +1881,7 @@ def command_bench(args):
     machine, space = "cpu" if arch == "cpu" else "gpu", place_scene(scene)
     check_model(args.model, space)
     settings = machine_settings(args.model, machine, space.unbounded)
-    m = MODELS[args.model].make(settings, space, len(scene.train.size) if scene.capture else 0)
+    m = MODELS[args.model].make(settings, space, count_photos(args.model, scene))
     on_device, line, refresh = upload_views(m, scene.train), {}, settings["refresh"]
     train(m, on_device, 0, steps=args.steps, report=lambda **now: line.update(now))
     rays = line["n_rays"]
