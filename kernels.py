@@ -1703,3 +1703,677 @@ def load_vertices(n: ti.i32, first: ti.i32, vertex: f32buf, sample: f32buf, ray:
         ray_code[t] = 0
         if t == 0:
             counter[0] = n
+
+
+# =====================================================================================================================
+# Part II: the family. What stands above is a complete trainer. What follows is other people's ideas, each as one more
+# stage or pair of stages that takes the place of one above, in the same buffers and under the same rules; tinynerf.py's
+# table MODELS says which model is made of which.
+# =====================================================================================================================
+
+STREAM_COARSE, STREAM_FINE = 10, 11      # random numbers of the samples along a ray
+FREQUENCIES = 10                         # L of a position's encoding: 6 L numbers, 3 of the position and a 1 are 64
+DIRECTION_FREQUENCIES = 4                # L of a direction's: 6 L + 3 numbers
+MARGIN = 0.001                           # by which mip-NeRF's colors reach beyond [0, 1]
+BETA_MIN = 0.03                          # least uncertainty of a pixel of NeRF in the Wild
+
+
+# ---- Sampling rays from end to end (NeRF, sections 4 and 5.2): no grid says where something may be. The coarse samples
+# are spread evenly, the fine ones are drawn where the coarse ones found something. Each sample stands for the part of
+# its ray from where it begins to where the next one does; the last one's ends where the ray ends. A sample lies at
+# `middle` of its part: 0 is its begin (NeRF), 1/2 its middle (mip-NeRF). No gradient goes through any of this.
+
+@ti.kernel
+def count_even(n_rays: ti.i32, n: ti.i32, ray: f32buf, ray_span: i32buf):
+    """How many samples each ray wants: n, or none if it misses the box. They are scanned as those of a march are.
+
+    ray       [n_rays, 8]  in    [3] = t_first, [7] = t_last
+    ray_span  [n_rays, 2]  out   [1] = number of samples
+    thread    one per ray
+    """
+    for r in range(n_rays):
+        ray_span[2 * r + 1] = ti.select(ray[8 * r + 3] < ray[8 * r + 7], n, 0)
+
+
+@ti.func
+def place_samples(r, middle, ray: ti.template(), ray_span: ti.template(), sample: ti.template(),
+                  sample_ray: ti.template()):
+    """The samples of a ray from where their parts begin, which is in `sample` as t, in order: dt is the length of the
+    part, t and the position are at `middle` of it. ray, ray_span, sample and sample_ray are those of sample_even."""
+    end = ray_span[2 * r] + ray_span[2 * r + 1]
+    for i in range(ray_span[2 * r], end):
+        t = sample[5 * i + 3]
+        t_next = ray[8 * r + 7]
+        if i + 1 < end:
+            t_next = sample[5 * i + 8]
+        sample[5 * i + 4] = t_next - t
+        sample[5 * i + 3] = t + middle * (t_next - t)
+        for c in ti.static(range(3)):
+            sample[5 * i + c] = ray[8 * r + c] + sample[5 * i + 3] * ray[8 * r + 4 + c]
+        sample_ray[i] = r
+
+
+@ti.kernel
+def sample_even(n_rays: ti.i32, n: ti.i32, middle: ti.f32, jitter: ti.i32, seed: ti.i32, step: ti.i32, ray: f32buf,
+                ray_span: i32buf, ray_step: i32buf, sample: f32buf, sample_ray: i32buf):
+    """Coarse samples, stratified (NeRF, equation 2): one at random in each of n equal parts of the ray,
+
+        t_k = t_first + (k + u_k) (t_last - t_first) / n      u_k random in [0, 1) while training, 1/2 otherwise
+
+    ray         [n_rays, 8]     in    from t_first, not jittered, to t_last
+    ray_span    [n_rays, 2]     in    from claim_spans
+    ray_step    [n_rays]        out   END: all of the ray is sampled; 0 if it was dropped
+    sample      [n_samples, 5]  out   position, t, dt
+    sample_ray  [n_samples]     out   r
+    thread      one per ray
+    """
+    for r in range(n_rays):
+        for j in range(ray_span[2 * r + 1]):
+            u = 0.5
+            if jitter == 1:
+                u = random_f32(seed, STREAM_COARSE, step, r * n + j)
+            sample[5 * (ray_span[2 * r] + j) + 3] = ray[8 * r + 3] + (j + u) / n * (ray[8 * r + 7] - ray[8 * r + 3])
+        place_samples(r, middle, ray, ray_span, sample, sample_ray)
+        ray_step[r] = ti.select(ray_span[2 * r] >= 0, END, 0)
+
+
+@ti.kernel
+def weigh_samples(n_rays: ti.i32, floor: ti.f32, coarse_span: i32buf, coarse_sample: f32buf, rgb_sigma: f32buf,
+                  weight: f32buf):
+    """weight[i] = T_k alpha_k + floor, the share of the ray's light that comes from sample i, see composite_forward.
+
+    coarse_span    [n_rays, 2]    in
+    coarse_sample  [n_coarse, 5]  in    [4] = dt
+    rgb_sigma      [n_coarse, 4]  in    [3] = sigma
+    weight         [n_coarse]     out
+    thread         one per ray
+    """
+    for r in range(n_rays):
+        T = 1.0
+        for i in range(coarse_span[2 * r], coarse_span[2 * r] + coarse_span[2 * r + 1]):
+            alpha = 1.0 - ti.exp(-rgb_sigma[4 * i + 3] * coarse_sample[5 * i + 4])
+            weight[i] = T * alpha + floor
+            T *= 1.0 - alpha
+
+
+@ti.kernel
+def sample_where_light_is(n_rays: ti.i32, n: ti.i32, merge: ti.i32, middle: ti.f32, jitter: ti.i32, seed: ti.i32,
+                          step: ti.i32, ray: f32buf, coarse_span: i32buf, coarse_sample: f32buf, weight: f32buf,
+                          ray_span: i32buf, ray_step: i32buf, sample: f32buf, sample_ray: i32buf):
+    """Fine samples, by inverse transform sampling (NeRF, section 5.2): the weights, each spread evenly over its coarse
+    sample's part, are a density along the ray, and n samples are drawn from it,
+
+        t_j = CDF^-1((j + u_j) / n)      CDF(t) = sum of weights before t / sum of all      u_j as in sample_even
+
+    The numbers that the CDF is inverted at ascend, so one walk along the ray finds all t_j in order. Where `merge`, the
+    coarse samples stay, and the walk merges the two sorted lists.
+    ray            [n_rays, 8]     in
+    coarse_span    [n_rays, 2]     in
+    coarse_sample  [n_coarse, 5]   in
+    weight         [n_coarse]      in    > 0
+    ray_span       [n_rays, 2]     in    from claim_spans: n samples a ray, and where `merge` the coarse ones
+    ray_step       [n_rays]        out   as in sample_even
+    sample         [n_samples, 5]  out
+    sample_ray     [n_samples]     out
+    thread         one per ray
+    """
+    for r in range(n_rays):
+        first = coarse_span[2 * r]
+        end = first + coarse_span[2 * r + 1]
+        total = 0.0
+        for part in range(first, end):
+            total += weight[part]
+        i, part, before, kept = ray_span[2 * r], first, 0.0, first
+        for j in range(ti.select(ray_span[2 * r + 1] > 0, n, 0)):
+            u = 0.5
+            if jitter == 1:
+                u = random_f32(seed, STREAM_FINE, step, r * n + j)
+            target = (j + u) / n * total
+            while part < end - 1 and before + weight[part] <= target:
+                before += weight[part]
+                part += 1
+            dt = coarse_sample[5 * part + 4]
+            share = ti.math.clamp((target - before) / weight[part], 0.0, 1.0)
+            t = coarse_sample[5 * part + 3] + (share - middle) * dt
+            while merge == 1 and kept < end and coarse_sample[5 * kept + 3] <= t:
+                sample[5 * i + 3] = coarse_sample[5 * kept + 3]
+                kept += 1
+                i += 1
+            sample[5 * i + 3] = t
+            i += 1
+        while merge == 1 and kept < end and i < ray_span[2 * r] + ray_span[2 * r + 1]:
+            sample[5 * i + 3] = coarse_sample[5 * kept + 3]
+            kept += 1
+            i += 1
+        place_samples(r, middle, ray, ray_span, sample, sample_ray)
+        ray_step[r] = ti.select(ray_span[2 * r] >= 0, END, 0)
+
+
+# ---- Frequency encoding (NeRF, section 5.1; it has no parameters, and nothing here needs the gradient of a position)
+
+@ti.func
+def wave(turns):
+    """(sin, cos) of 2 pi turns. Whole turns are taken off first: f32 does that exactly, and a GPU's sin wants it."""
+    angle = 6.2831853 * (turns - ti.round(turns))
+    return ti.sin(angle), ti.cos(angle)
+
+
+@ti.kernel
+def frequency_encode_forward(counter: i32buf, sample: f32buf, feature: rows64):
+    """gamma(p), equation 4, of the position p in [-1, 1]^3, followed by p itself and a 1, the input of a bias:
+
+        feature[i] = (sin(2^l pi p_c), cos(2^l pi p_c) for l < L, c < 3;   p;   1)       p = 2 x - 1,  L = FREQUENCIES
+
+    counter  [4]                     in
+    sample   [n_samples, 5]          in    position x, in the cube
+    feature  [n_samples] rows of 64  out
+    thread   one per sample
+    """
+    for i in range(counter[0]):
+        for c in range(3):
+            p = 2.0 * sample[5 * i + c] - 1.0
+            turns = 0.5 * p
+            for l in range(FREQUENCIES):
+                feature[i][6 * l + 2 * c], feature[i][6 * l + 2 * c + 1] = wave(turns)
+                turns *= 2.0
+            feature[i][6 * FREQUENCIES + c] = p
+        feature[i][6 * FREQUENCIES + 3] = 1.0
+
+
+@ti.kernel
+def direction_input_forward(counter: i32buf, geometry: rows16, sample_ray: i32buf, ray: f32buf, color_input: rows64):
+    """color_input[i] = (geometry[i], gamma(direction), 1): color_input_forward with frequencies instead of spherical
+    harmonics. gamma(d) = (sin(2^l pi d_c), cos(2^l pi d_c) for l < L, c < 3;  d),   L = DIRECTION_FREQUENCIES
+
+    counter      [4]                     in
+    geometry     [n_samples] rows of 16  in
+    sample_ray   [n_samples]             in
+    ray          [n_rays, 8]             in    [4:7] = direction d
+    color_input  [n_samples] rows of 64  out   the first 16 + 6 L + 4 entries
+    thread       one per sample
+    """
+    for i in range(counter[0]):
+        for c in ti.static(range(OUTPUT)):
+            color_input[i][c] = geometry[i][c]
+        for c in range(3):
+            d = ray[8 * sample_ray[i] + 4 + c]
+            turns = 0.5 * d
+            for l in range(DIRECTION_FREQUENCIES):
+                at = OUTPUT + 6 * l + 2 * c
+                color_input[i][at], color_input[i][at + 1] = wave(turns)
+                turns *= 2.0
+            color_input[i][OUTPUT + 6 * DIRECTION_FREQUENCIES + c] = d
+        color_input[i][OUTPUT + 6 * DIRECTION_FREQUENCIES + 3] = 1.0
+
+
+# ---- Deep network (NeRF, figure 7): layers y = relu(x W_x + h W_h) of the encoding x, the layer h before, or both (the
+# skip). They are n blocks of 64 neurons wide: 1 suits a CPU, 4 are the 256 that are published. Block b of sample i
+# is row b capacity + i. The last layer is one block and feeds the MLPs above. In `params` and in
+#     weight    [n_out (n_x + 64 n_h)] rows of 64    for each block of outputs the rows of its W_x, then of its W_h; in
+#     weight_t  [n_h n_out 64] rows of 64            W_h^T: for each block of h and block of outputs its 64 rows
+# a layer's rows begin at `first`. grad_y and grad_h mean "before the ReLU", as grad_hidden does above.
+
+@ti.kernel
+def load_layer(n_x: ti.i32, n_h: ti.i32, n_out: ti.i32, first_param: ti.i32, first: ti.i32, first_t: ti.i32,
+               params: rowsF, weight: rows64, weight_t: rows64):
+    """Weights of a layer, the numbers of `params` from first_param on, as rows.
+
+    params            [n_param_rows] rows of F  in
+    weight, weight_t  see above                 out   rows from `first` and from first_t on
+    thread            one per weight
+    """
+    n_in = n_x + WIDTH * n_h
+    for t in range(n_out * n_in * WIDTH):
+        w = params[(first_param + t) // N_FEATURES][(first_param + t) % N_FEATURES]
+        row, column = t // WIDTH, t % WIDTH
+        weight[first + row][column] = w
+        b, j = row // n_in, row % n_in - n_x
+        if j >= 0:
+            weight_t[first_t + (j // WIDTH * n_out + b) * WIDTH + column][j % WIDTH] = w
+
+
+@ti.kernel
+def layer_forward(n_x: ti.i32, n_h: ti.i32, n_out: ti.i32, first: ti.i32, capacity: ti.i32, counter: i32buf, x: rows64,
+                  h: rows64, weight: rows64, y: rows64):
+    """y = relu(x W_x + h W_h), of the first n_x numbers of x and n_h blocks of h
+
+    counter  [4]                             in
+    x        [n_samples] rows of 64          in
+    h        [n_h, capacity] rows of 64      in
+    weight                                   in
+    y        [n_out, capacity] rows of 64    out
+    thread   one per (block of outputs, sample)
+    """
+    for t in range(n_out * counter[0]):
+        b, i = t // counter[0], t % counter[0]
+        row = first + b * (n_x + WIDTH * n_h)
+        total = row_times_matrix(x, i, n_x, weight, row, row64(0.0))
+        for c in range(n_h):
+            total = row_times_matrix(h, c * capacity + i, WIDTH, weight, row + n_x + WIDTH * c, total)
+        y[b * capacity + i] = ti.max(total, 0.0)
+
+
+@ti.kernel
+def layer_backward_input(n_h: ti.i32, n_out: ti.i32, first_t: ti.i32, capacity: ti.i32, counter: i32buf, h: rows64,
+                         weight_t: rows64, grad_y: rows64, grad_h: rows64):
+    """grad_h = grad_y W_h^T, and 0 where the ReLU put out 0. The encoding x needs no gradient.
+
+    counter   [4]                             in
+    h         [n_h, capacity] rows of 64      in
+    weight_t                                  in
+    grad_y    [n_out, capacity] rows of 64    in
+    grad_h    [n_h, capacity] rows of 64      out
+    thread    one per (block of h, sample)
+    """
+    for t in range(n_h * counter[0]):
+        c, i = t // counter[0], t % counter[0]
+        g = row64(0.0)
+        for b in range(n_out):
+            g = row_times_matrix(grad_y, b * capacity + i, WIDTH, weight_t, first_t + (c * n_out + b) * WIDTH, g)
+        grad_h[c * capacity + i] = ti.select(h[c * capacity + i] > 0.0, g, row64(0.0))
+
+
+@ti.kernel
+def relu_backward(counter: i32buf, y: rows64, grad_y: rows64):
+    """The gradient after the last layer's ReLU, from the MLP that it feeds, becomes that before it: 0 where y is 0.
+
+    counter  [4]                     in
+    y        [n_samples] rows of 64  in
+    grad_y   [n_samples] rows of 64  in-out
+    thread   one per sample
+    """
+    for i in range(counter[0]):
+        grad_y[i] = ti.select(y[i] > 0.0, grad_y[i], row64(0.0))
+
+
+@ti.kernel
+def layer_backward_weight(n_x: ti.i32, n_h: ti.i32, n_out: ti.i32, capacity: ti.i32, chunk: ti.i32, pitch: ti.i32,
+                          first: ti.i32, counter: i32buf, x: rows64, h: rows64, grad_y: rows64, partial: f32buf):
+    """grad_W_x[j] = sum_i x_i[j] grad_y_i, grad_W_h[j] = sum_i h_i[j] grad_y_i, summed over chunks of samples as in
+    mlp_backward_weight; sum_partials adds the chunks.
+
+    counter  [4]                             in
+    x        [n_samples] rows of 64          in
+    h        [n_h, capacity] rows of 64      in
+    grad_y   [n_out, capacity] rows of 64    in
+    partial  [n_chunks, pitch]               out   this layer's numbers of each chunk, from `first` on
+    thread   one per (chunk, row of the layer in `params`)
+    """
+    n_in = n_x + WIDTH * n_h
+    for t in range((counter[0] + chunk - 1) // chunk * n_out * n_in):
+        row = t % (n_out * n_in)
+        begin = t // (n_out * n_in) * chunk
+        end = ti.min(begin + chunk, counter[0])
+        first_y, j = row // n_in * capacity, row % n_in
+        total = row64(0.0)
+        if j < n_x:
+            total = column_times_matrix(x, 0, j, grad_y, first_y, begin, end)
+        else:
+            first_h = (j - n_x) // WIDTH * capacity
+            total = column_times_matrix(h, first_h, (j - n_x) % WIDTH, grad_y, first_y, begin, end)
+        at = t // (n_out * n_in) * pitch + first + row * WIDTH
+        for c in ti.static(range(WIDTH)):
+            partial[at + c] = total[c]
+
+
+# ---- Density of the models that sample. NeRF's own is relu(geometry[0]), which has no slope where there is no density:
+# on a colored sphere before a background, the network of the tests put out 0 everywhere after a few steps, for good.
+# mip-NeRF's is softplus(geometry[0] - 1), and both models have that here.
+
+@ti.kernel
+def density_softplus_forward(counter: i32buf, geometry: rows16, rgb_sigma: f32buf):
+    """sigma[i] = softplus(geometry[i][0] - 1) = log(1 + exp(geometry[i][0] - 1))
+
+    counter    [4]                     in
+    geometry   [n_samples] rows of 16  in    output of the density MLP
+    rgb_sigma  [n_samples, 4]          out   [3]
+    thread     one per sample
+    """
+    for i in range(counter[0]):
+        x = geometry[i][0] - 1.0
+        rgb_sigma[4 * i + 3] = ti.max(x, 0.0) + ti.log(1.0 + ti.exp(-ti.abs(x)))
+
+
+@ti.kernel
+def density_softplus_backward(counter: i32buf, rgb_sigma: f32buf, grad_rgb_sigma: f32buf, grad_color_input: rows64,
+                              grad_geometry: rows16):
+    """grad_geometry[i] = grad_color_input[i][:16] + ((1 - exp(-sigma)) grad_sigma, 0, ..., 0)
+
+    counter           [4]                     in
+    rgb_sigma         [n_samples, 4]          in    [3] = sigma; softplus' = 1 - exp(-softplus)
+    grad_rgb_sigma    [n_samples, 4]          in    [3]
+    grad_color_input  [n_samples] rows of 64  in    the first 16 entries
+    grad_geometry     [n_samples] rows of 16  out
+    thread            one per sample
+    """
+    for i in range(counter[0]):
+        for c in ti.static(range(OUTPUT)):
+            grad_geometry[i][c] = grad_color_input[i][c]
+        slope = 1.0 - ti.exp(-rgb_sigma[4 * i + 3])
+        grad_geometry[i][0] = grad_color_input[i][0] + slope * grad_rgb_sigma[4 * i + 3]
+
+
+# ---- Cones instead of rays (Barron et al. 2021, "Mip-NeRF"): a pixel sees a cone, and a part of it, a conical frustum,
+# is encoded as the Gaussian that is nearest to it. What is smaller than the frustum fades from the encoding, and one
+# network serves both levels.
+
+@ti.kernel
+def widen_weights(n_rays: ti.i32, floor: ti.f32, coarse_span: i32buf, weight: f32buf, wide_weight: f32buf):
+    """Weights for the fine samples: a maximum over two neighbours, then a mean over two of these,
+
+        wide_k = (max(w_{k-1}, w_k) + max(w_k, w_{k+1})) / 2 + floor          w_{-1} = w_0, w_n = w_{n-1}
+
+    so that what is next to something that a coarse sample hit is looked at too, and a little everywhere.
+    coarse_span  [n_rays, 2]  in
+    weight       [n_coarse]   in    from weigh_samples
+    wide_weight  [n_coarse]   out
+    thread       one per ray
+    """
+    for r in range(n_rays):
+        first = coarse_span[2 * r]
+        last = first + coarse_span[2 * r + 1] - 1
+        for i in range(first, last + 1):
+            before, after = weight[ti.max(i - 1, first)], weight[ti.min(i + 1, last)]
+            wide_weight[i] = 0.5 * (ti.max(before, weight[i]) + ti.max(weight[i], after)) + floor
+
+
+@ti.kernel
+def integrated_encode_forward(counter: i32buf, sample_ray: i32buf, ray: f32buf, ray_view: i32buf, camera: f32buf,
+                              sample: f32buf, feature: rows64):
+    """The mean of frequency_encode_forward's waves over a Gaussian (section 3.1). The frustum from t - h to t + h, with
+    h = dt / 2, of a cone of radius q at distance 1 has the mean t + 2 t h^2 / (3 t^2 + h^2) on the ray, and variances
+
+        along    v_t = h^2 / 3 - 4/15 h^4 (12 t^2 - h^2) / (3 t^2 + h^2)^2
+        across   v_r = q^2 (t^2 / 4 + 5/12 h^2 - 4/15 h^4 / (3 t^2 + h^2))
+
+    hence v_c = v_t d_c^2 + v_r (1 - d_c^2) along axis c; p = 2 mean - 1 has variances 4 v_c, since lengths double;
+
+        feature[i] = (sin(2^l pi p_c) fade, cos(2^l pi p_c) fade, fade = exp(-(2^l pi)^2 4 v_c / 2);   0, 0, 0;   1)
+
+    q = 2 / sqrt(12) of a pixel's width: a disc with the pixel's variance. A pixel is cos / f wide at distance 1, where
+    cos is that of the angle between the ray and the optical axis; the lens's distortion is not in it.
+    counter     [4]                     in
+    sample_ray  [n_samples]             in
+    ray         [n_rays, 8]             in    [4:7] = direction d
+    ray_view    [n_rays]                in
+    camera      [n_views, 22]           in    see generate_rays
+    sample      [n_samples, 5]          in    position, t in the middle of the part, dt
+    feature     [n_samples] rows of 64  out
+    thread      one per sample
+    """
+    for i in range(counter[0]):
+        r = sample_ray[i]
+        m = CAMERA * ray_view[r]
+        t, h = sample[5 * i + 3], 0.5 * sample[5 * i + 4]
+        cos = 0.0
+        for c in ti.static(range(3)):
+            cos -= ray[8 * r + 4 + c] * camera[m + 4 * c + 2]
+        q = 0.57735027 * ti.max(cos, 0.0) * 2.0 / (camera[m + 12] + camera[m + 13])
+        scale = 3.0 * t * t + h * h
+        v_t = h * h / 3.0 - 4.0 / 15.0 * h * h * h * h * (12.0 * t * t - h * h) / (scale * scale)
+        v_r = q * q * (t * t / 4.0 + 5.0 / 12.0 * h * h - 4.0 / 15.0 * h * h * h * h / scale)
+        for c in range(3):
+            d = ray[8 * r + 4 + c]
+            turns = sample[5 * i + c] + 2.0 * t * h * h / scale * d - 0.5            # half of p
+            exponent = 0.5 * 4.0 * (v_t * d * d + v_r * (1.0 - d * d)) * 9.8696044   # of the first wave
+            for l in range(FREQUENCIES):
+                s_wave, c_wave = wave(turns)
+                fade = ti.exp(-exponent)
+                feature[i][6 * l + 2 * c] = s_wave * fade
+                feature[i][6 * l + 2 * c + 1] = c_wave * fade
+                turns *= 2.0
+                exponent *= 4.0
+            feature[i][6 * FREQUENCIES + c] = 0.0
+        feature[i][6 * FREQUENCIES + 3] = 1.0
+
+
+@ti.kernel
+def color_wide_forward(counter: i32buf, color_raw: rows16, rgb_sigma: f32buf):
+    """rgb[i] = (1 + 2 MARGIN) sigmoid(color_raw[i][:3]) - MARGIN: black and white are within reach
+
+    counter    [4]                     in
+    color_raw  [n_samples] rows of 16  in    output of the color MLP: the first 3 entries
+    rgb_sigma  [n_samples, 4]          out   [0:3]
+    thread     one per sample
+    """
+    for i in range(counter[0]):
+        for c in ti.static(range(3)):
+            rgb_sigma[4 * i + c] = (1.0 + 2.0 * MARGIN) / (1.0 + ti.exp(-color_raw[i][c])) - MARGIN
+
+
+@ti.kernel
+def color_wide_backward(counter: i32buf, rgb_sigma: f32buf, grad_rgb_sigma: f32buf, grad_color_raw: rows16):
+    """grad_color_raw[i] = (1 + 2 MARGIN) s (1 - s) grad_rgb, where s = (rgb + MARGIN) / (1 + 2 MARGIN) is the sigmoid
+
+    counter         [4]                     in
+    rgb_sigma       [n_samples, 4]          in
+    grad_rgb_sigma  [n_samples, 4]          in    [0:3]
+    grad_color_raw  [n_samples] rows of 16  out   the first 3 entries
+    thread          one per sample
+    """
+    for i in range(counter[0]):
+        for c in ti.static(range(3)):
+            s = (rgb_sigma[4 * i + c] + MARGIN) / (1.0 + 2.0 * MARGIN)
+            grad_color_raw[i][c] = (1.0 + 2.0 * MARGIN) * s * (1.0 - s) * grad_rgb_sigma[4 * i + c]
+
+
+@ti.kernel
+def weigh_loss(n_rays: ti.i32, share: ti.f32, grad_pixel: f32buf):
+    """The coarse pixels' loss counts only by a share: grad_pixel *= share.
+
+    grad_pixel  [n_rays, 4]  in-out  from loss_and_gradient
+    thread      one per number
+    """
+    for t in range(4 * n_rays):
+        grad_pixel[t] = share * grad_pixel[t]
+
+
+# ---- Photographs by strangers (Martin-Brualla et al. 2021, "NeRF in the Wild", section 4.2), on the hash grid above:
+# whoever walks through one photograph is in no other. A second color MLP, with a code of its own for each photograph,
+# puts out what only that one shows: color, density, and how uncertain the pixel is, by which its error counts less.
+# `transient` [n_samples, 5] holds rgb, density u and uncertainty b of each sample. New views leave all of it away. Its
+# samples are those that are kept for the static part, which has some wherever a photograph shows more than background.
+
+@ti.kernel
+def transient_head_forward(counter: i32buf, transient_raw: rows16, transient: f32buf):
+    """rgb = sigmoid(raw[:3]),  u = softplus(raw[3]),  b = softplus(raw[4]) = log(1 + exp(raw[4]))
+
+    counter        [4]                     in
+    transient_raw  [n_samples] rows of 16  in    output of the transient MLP: the first 5 entries
+    transient      [n_samples, 5]          out
+    thread         one per sample
+    """
+    for i in range(counter[0]):
+        for c in ti.static(range(3)):
+            transient[5 * i + c] = 1.0 / (1.0 + ti.exp(-transient_raw[i][c]))
+        for c in ti.static(range(3, 5)):
+            x = transient_raw[i][c]
+            transient[5 * i + c] = ti.max(x, 0.0) + ti.log(1.0 + ti.exp(-ti.abs(x)))
+
+
+@ti.kernel
+def transient_head_backward(counter: i32buf, transient: f32buf, grad_transient: f32buf, grad_transient_raw: rows16):
+    """The slope of the sigmoid is rgb (1 - rgb), that of softplus 1 - exp(-softplus).
+
+    counter             [4]                     in
+    transient           [n_samples, 5]          in
+    grad_transient      [n_samples, 5]          in
+    grad_transient_raw  [n_samples] rows of 16  out   the first 5 entries
+    thread              one per sample
+    """
+    for i in range(counter[0]):
+        for c in ti.static(range(5)):
+            x = transient[5 * i + c]
+            slope = x * (1.0 - x) if c < 3 else 1.0 - ti.exp(-x)
+            grad_transient_raw[i][c] = slope * grad_transient[5 * i + c]
+
+
+@ti.kernel
+def transient_input_backward(counter: i32buf, grad_transient_input: rows64, grad_color_input: rows64):
+    """The geometry goes into both color MLPs (color_input_forward, with either code): its gradients add.
+
+    counter               [4]                     in
+    grad_transient_input  [n_samples] rows of 64  in      the first 16 entries
+    grad_color_input      [n_samples] rows of 64  in-out  the first 16 entries
+    thread                one per sample
+    """
+    for i in range(counter[0]):
+        for c in ti.static(range(OUTPUT)):
+            grad_color_input[i][c] = grad_color_input[i][c] + grad_transient_input[i][c]
+
+
+@ti.kernel
+def composite_both_forward(n_rays: ti.i32, ray_span: i32buf, sample: f32buf, rgb_sigma: f32buf, transient: f32buf,
+                           pixel: f32buf):
+    """Static and transient part before and behind each other (section 4.2): both dim, both shine,
+
+        alpha_k = 1 - exp(-sigma_k dt_k),  alpha'_k = 1 - exp(-u_k dt_k),  T_{k+1} = T_k exp(-(sigma_k + u_k) dt_k)
+        pixel   = sum_k T_k (alpha_k rgb_k + alpha'_k rgb'_k)        until T_k < T_STOP; pixel[3] = T_end
+
+    ray_span   [n_rays, 2]     in
+    sample     [n_samples, 5]  in    [4] = dt
+    rgb_sigma  [n_samples, 4]  in
+    transient  [n_samples, 5]  in    [0:4] = rgb', u
+    pixel      [n_rays, 4]     out   in place of what composite_forward left there
+    thread     one per ray
+    """
+    for r in range(n_rays):
+        T = 1.0
+        color = vec3(0.0)
+        first = ray_span[2 * r]
+        for i in range(first, first + ray_span[2 * r + 1]):
+            if T < T_STOP:
+                break
+            through = ti.exp(-rgb_sigma[4 * i + 3] * sample[5 * i + 4])
+            through_too = ti.exp(-transient[5 * i + 3] * sample[5 * i + 4])
+            for c in ti.static(range(3)):
+                color[c] += T * ((1.0 - through) * rgb_sigma[4 * i + c] + (1.0 - through_too) * transient[5 * i + c])
+            T *= through * through_too
+        for c in ti.static(range(3)):
+            pixel[4 * r + c] = color[c]
+        pixel[4 * r + 3] = T
+
+
+@ti.kernel
+def composite_both_backward(n_rays: ti.i32, ray_span: i32buf, sample: f32buf, rgb_sigma: f32buf, transient: f32buf,
+                            pixel: f32buf, grad_pixel: f32buf, grad_rgb_sigma: f32buf, grad_transient: f32buf):
+    """As composite_backward, with behind_k the light of both parts from samples after k:
+
+        grad_rgb_k   = T_k alpha_k grad_pixel            grad_rgb'_k = T_k alpha'_k grad_pixel
+        grad_sigma_k = dt_k ((T_k exp(-sigma_k dt_k) rgb_k - behind_k) . grad_pixel - T_end grad_T)
+        grad_u_k     = dt_k ((T_k exp(-u_k dt_k) rgb'_k - behind_k) . grad_pixel - T_end grad_T)
+
+    ray_span        [n_rays, 2]     in
+    sample          [n_samples, 5]  in
+    rgb_sigma       [n_samples, 4]  in
+    transient       [n_samples, 5]  in
+    pixel           [n_rays, 4]     in    from composite_both_forward
+    grad_pixel      [n_rays, 4]     in
+    grad_rgb_sigma  [n_samples, 4]  out   0 behind the early stop
+    grad_transient  [n_samples, 5]  out   [0:4], 0 behind the early stop; [4] = 0
+    thread          one per ray, which owns its samples
+    """
+    for r in range(n_rays):
+        T = 1.0
+        behind = vec3(pixel[4 * r], pixel[4 * r + 1], pixel[4 * r + 2])
+        first = ray_span[2 * r]
+        for i in range(first, first + ray_span[2 * r + 1]):
+            for c in ti.static(range(4)):
+                grad_rgb_sigma[4 * i + c] = 0.0
+            for c in ti.static(range(5)):
+                grad_transient[5 * i + c] = 0.0
+            if T >= T_STOP:
+                through = ti.exp(-rgb_sigma[4 * i + 3] * sample[5 * i + 4])
+                through_too = ti.exp(-transient[5 * i + 3] * sample[5 * i + 4])
+                gain = -pixel[4 * r + 3] * grad_pixel[4 * r + 3]
+                gain_too = gain
+                for c in ti.static(range(3)):
+                    w, w_too = T * (1.0 - through), T * (1.0 - through_too)
+                    # No rounding beyond what can be behind: of both parts, at most 2 T each.
+                    behind[c] = ti.math.clamp(behind[c] - w * rgb_sigma[4 * i + c] - w_too * transient[5 * i + c],
+                                              0.0, 2.0 * T * through * through_too)
+                    grad_rgb_sigma[4 * i + c] = w * grad_pixel[4 * r + c]
+                    grad_transient[5 * i + c] = w_too * grad_pixel[4 * r + c]
+                    gain += (T * through * rgb_sigma[4 * i + c] - behind[c]) * grad_pixel[4 * r + c]
+                    gain_too += (T * through_too * transient[5 * i + c] - behind[c]) * grad_pixel[4 * r + c]
+                grad_rgb_sigma[4 * i + 3] = sample[5 * i + 4] * gain
+                grad_transient[5 * i + 3] = sample[5 * i + 4] * gain_too
+                T *= through * through_too
+
+
+@ti.kernel
+def uncertainty_forward(n_rays: ti.i32, ray_span: i32buf, sample: f32buf, transient: f32buf, beta: f32buf):
+    """Uncertainty of a pixel, rendered from the transient part alone:
+
+        beta = BETA_MIN + sum_k T'_k alpha'_k b_k        T'_{k+1} = T'_k exp(-u_k dt_k)
+
+    The paper adds the minimum to each b_k; then pixels without a transient part would have none.
+    ray_span   [n_rays, 2]     in
+    sample     [n_samples, 5]  in    [4] = dt
+    transient  [n_samples, 5]  in    [3] = u, [4] = b
+    beta       [n_rays]        out
+    thread     one per ray
+    """
+    for r in range(n_rays):
+        T, total = 1.0, BETA_MIN
+        for i in range(ray_span[2 * r], ray_span[2 * r] + ray_span[2 * r + 1]):
+            through = ti.exp(-transient[5 * i + 3] * sample[5 * i + 4])
+            total += T * (1.0 - through) * transient[5 * i + 4]
+            T *= through
+        beta[r] = total
+
+
+@ti.kernel
+def weigh_by_uncertainty(n_rays: ti.i32, counter: i32buf, loss: f32buf, beta: f32buf, grad_pixel: f32buf,
+                         grad_beta: f32buf):
+    """The squared error as the likelihood of a normal distribution of deviation beta:
+
+        L = 1/N sum_r |color - target|^2 / (2 beta^2) + log(beta^2) / 2           N = counter[1]
+        grad_beta = 1/N (1 / beta - |color - target|^2 / beta^3)
+
+    loss_and_gradient's L is the same but for the factor 3 / (2 beta^2); rays that do not count have no loss there.
+    counter     [4]          in      of the march
+    loss        [n_rays]     in      |color - target|^2 / 3
+    beta        [n_rays]     in
+    grad_pixel  [n_rays, 4]  in-out  from loss_and_gradient
+    grad_beta   [n_rays]     out     0 where the ray does not count
+    thread      one per ray
+    """
+    for r in range(n_rays):
+        inverse = 1.0 / beta[r]
+        for c in ti.static(range(4)):
+            grad_pixel[4 * r + c] = 1.5 * inverse * inverse * grad_pixel[4 * r + c]
+        grad_beta[r] = 0.0
+        if loss[r] > 0.0:
+            grad_beta[r] = (inverse - 3.0 * loss[r] * inverse * inverse * inverse) / ti.max(counter[1], 1)
+
+
+@ti.kernel
+def uncertainty_backward(n_rays: ti.i32, strength: ti.f32, counter: i32buf, ray_span: i32buf, sample: f32buf,
+                         transient: f32buf, beta: f32buf, grad_beta: f32buf, grad_transient: f32buf):
+    """Gradient of uncertainty_forward, and of strength / N sum_r (mean of u_k over the ray's samples), which keeps the
+    transient part for what the static one cannot say, on top of that of composite_both_backward:
+
+        grad_b_k  = T'_k alpha'_k grad_beta
+        grad_u_k += dt_k (T'_{k+1} b_k - sum_{m>k} T'_m alpha'_m b_m) grad_beta + strength / (N n_samples of the ray)
+
+    counter         [4]             in      of the march: [1] = N
+    ray_span        [n_rays, 2]     in
+    sample          [n_samples, 5]  in
+    transient       [n_samples, 5]  in
+    beta            [n_rays]        in      from uncertainty_forward
+    grad_beta       [n_rays]        in
+    grad_transient  [n_samples, 5]  in-out  [3] and [4]
+    thread          one per ray, which owns its samples
+    """
+    for r in range(n_rays):
+        T, behind = 1.0, beta[r] - BETA_MIN
+        toll = strength / (ti.max(counter[1], 1) * ti.max(ray_span[2 * r + 1], 1))
+        for i in range(ray_span[2 * r], ray_span[2 * r] + ray_span[2 * r + 1]):
+            through = ti.exp(-transient[5 * i + 3] * sample[5 * i + 4])
+            w = T * (1.0 - through)
+            T *= through
+            behind -= w * transient[5 * i + 4]
+            grad_transient[5 * i + 4] = w * grad_beta[r]
+            gain = (T * transient[5 * i + 4] - behind) * grad_beta[r]
+            grad_transient[5 * i + 3] = grad_transient[5 * i + 3] + sample[5 * i + 4] * gain + toll

@@ -71,6 +71,7 @@ PLACE = 0.5                     # captures: radius of the ball that is not bent,
 NEAR = 0.1                      # captures: distance of the nearest sample in such radii
 GROWTH = 4.0                    # unbounded scenes: steps grow by GROWTH / (steps along the diagonal) of the distance
 DISTORTION = 0.03               # unbounded scenes: strength of the distortion loss
+TRANSIENT = 0.01                # nerfw: strength of the loss that keeps the transient part thin
 HOST_MB = 400                   # what Taichi, its compiler and pictures take besides buffers
 MESH_LENGTH = 0.01              # a mesh is where half of the light would be gone after so many sides of its cube
 SPECK = 0.01                    # parts of a mesh that have less than this share of the largest part's triangles go
@@ -91,8 +92,6 @@ MACHINES = {
     "gpu": dict(march=2**19, batch=2**18, rays=2**18, coarsest=16, finest=2048, table=2**19, grid=128, train_steps=1024,
                 render_steps=1024, refresh=2, block=128, chunk=512, hash_chunk=1, steps=10000, frames=96),
 }
-
-STORED = ("coarsest", "finest", "table", "grid", "train_steps", "render_steps")     # what a model's file says of them
 
 # What differs where space is unbounded: rays see much more of it, and less sharply.
 UNBOUNDED = {"cpu": dict(render_steps=256), "gpu": {}}
@@ -467,6 +466,11 @@ def count_rows(n_in, n_hidden, n_out):
 class Model:
     """The field's parameters and all buffers of a step. n = march, the most samples in flight."""
 
+    name, marches = "ngp", True                      # see MODELS; whether an occupancy grid says where samples may be
+    KEPT = ("params", "occupancy", "moment", "density_grid", "lit_step")     # buffers that outlive a step,
+    DRAWN = ("params", "occupancy")                                          # and those that a picture needs
+    nets, more_mlps, code_sets = (), {}, 1           # deep networks, see SampledModel; what only WildModel has
+
     def __init__(self, settings, space, n_photos=0, n_levels=N_LEVELS, training=True, dry=False):
         """settings: an entry of MACHINES; space: from place_scene; n_photos: that get codes, for their differences. A
         model that only renders (training=False) has no gradients; one that is dry only counts its buffers."""
@@ -476,10 +480,12 @@ class Model:
         n, n_rays, cells = settings["march"], settings["rays"], settings["grid"] ** 3
         layout = level_layout(settings, n_levels)
         self.n_slots = int(layout[:, 2].sum())
-        mlps = {name: (n_in + self.n_code * (name == "color"), *rest) for name, (n_in, *rest) in MLPS.items()}
+        mlps = {name: (n_in + self.n_code * (name != "density"), *rest)
+                for name, (n_in, *rest) in {**MLPS, **self.more_mlps}.items()}
         self.n_weights = k.WIDTH * sum(count_rows(*mlp) for mlp in mlps.values())
         self.first_code = self.n_slots * k.N_FEATURES + self.n_weights
-        self.n_rows = (self.first_code + self.n_code * (n_photos + 1)) // k.N_FEATURES     # one more: the neutral code
+        self.n_codes = self.n_code * (n_photos + 1)              # numbers; one code more: the neutral one
+        self.n_rows = (self.first_code + self.code_sets * self.n_codes) // k.N_FEATURES
         self.pitch = self.n_weights + 16                         # of a row of `partial`
 
         f32, i32, u32 = ti.f32, ti.i32, ti.u32
@@ -489,13 +495,10 @@ class Model:
         if not dry:
             self.level.from_numpy(layout.ravel())
         self.occupancy = self.new(u32, cells // 2048 * 129)      # bits: see kernels.py
-        first = self.n_slots * k.N_FEATURES
-        for name, (n_in, n_hidden, n_out) in mlps.items():
-            setattr(self, name, types.SimpleNamespace(
-                n_in=n_in, n_hidden=n_hidden, n_out=n_out, first=first,
-                weight=self.new(k.row64, n_in + k.WIDTH * (n_hidden - 1)),
-                weight_t=self.new(k.row64, k.WIDTH * n_hidden + k.OUTPUT), weight_out=self.new(k.row16, k.WIDTH)))
-            first += k.WIDTH * count_rows(n_in, n_hidden, n_out)
+        self.mlps, first = [], self.n_slots * k.N_FEATURES
+        for name, mlp in mlps.items():
+            setattr(self, name, self.new_mlp(first, *mlp))
+            first += k.WIDTH * count_rows(*mlp)
 
         self.ray_pixel = self.new(i32, n_rays)                   # index of the pixel
         self.ray_view = self.new(i32, n_rays)                    # and its view
@@ -556,6 +559,14 @@ class Model:
             raise UserError(f"the device has no room for {self.buffer_mb():.0f} MB of buffers",
                             "use a larger --downscale, or --arch cpu")
 
+    def new_mlp(self, first, n_in, n_hidden, n_out):
+        """Sizes and rows of an MLP whose weights are the numbers of `params` from `first` on."""
+        self.mlps.append(types.SimpleNamespace(
+            n_in=n_in, n_hidden=n_hidden, n_out=n_out, first=first,
+            weight=self.new(k.row64, n_in + k.WIDTH * (n_hidden - 1)),
+            weight_t=self.new(k.row64, k.WIDTH * n_hidden + k.OUTPUT), weight_out=self.new(k.row16, k.WIDTH)))
+        return self.mlps[-1]
+
     def buffer_mb(self):
         """Exact size of all buffers in MB (10^6 bytes); every entry is made of 4-byte numbers."""
         return sum(4 * n * width for n, width in self.buffers) / 1e6
@@ -564,7 +575,7 @@ class Model:
         """Random parameters: the table U(+-1e-4), weights Glorot uniform (bound sqrt(6 / (inputs + outputs))); codes
         are 0 at first."""
         k.fill_uniform(self.n_slots * k.N_FEATURES, 0, TABLE_BOUND, seed, self.params)
-        for mlp in (self.density, self.color):
+        for mlp in self.mlps:
             first = mlp.first
             hidden = [(mlp.n_in, k.WIDTH)] + [(k.WIDTH, k.WIDTH)] * (mlp.n_hidden - 1)
             for n_in, n_out in hidden + [(k.WIDTH, mlp.n_out)]:
@@ -575,8 +586,10 @@ class Model:
 
 def load_weights(m):
     """Weights into wide rows, after each change of them."""
-    for mlp in (m.density, m.color):
+    for mlp in m.mlps:
         k.load_weights(mlp.n_in, mlp.n_hidden, mlp.n_out, mlp.first, m.params, mlp.weight, mlp.weight_t, mlp.weight_out)
+    for net in m.nets:
+        load_layers(m, net)
 
 
 def scan(n, block, capacity, span, block_start, counter):
@@ -640,15 +653,16 @@ def shade(m, first_code):
 
 def backward(m, n_rays):
     """Mirror of forward() for the samples that were kept, bottom to top: from grad_pixel to grad_params."""
-    counter, capacity, chunk, pitch = m.counter, m.settings["march"], m.settings["chunk"], m.pitch
     k.composite_backward(n_rays, m.ray_span, m.sample, m.rgb_sigma, m.pixel, m.grad_pixel, m.grad_rgb_sigma)
     if m.space.unbounded:
-        k.distortion_forward(n_rays, m.ray_span, m.sample, m.rgb_sigma, m.distortion)
-        k.distortion_backward(n_rays, DISTORTION, m.march_counter, m.ray_span, m.sample, m.rgb_sigma, m.distortion,
-                              m.grad_rgb_sigma)
+        spread_backward(m, n_rays)
     color_backward(m, m.first_code)
+    field_backward(m)
 
-    net = m.color
+
+def field_backward(m):
+    """The rest of backward(): from grad_color_input to grad_params."""
+    net, counter, capacity, chunk, pitch = m.color, m.counter, m.settings["march"], m.settings["chunk"], m.pitch
     k.mlp_backward_weight(net.n_in, net.n_hidden, net.n_out, capacity, chunk, pitch, net.first - m.density.first,
                           counter, m.color_input, m.color_hidden, m.grad_color_hidden, m.grad_color_raw, m.partial)
 
@@ -662,6 +676,13 @@ def backward(m, n_rays):
     n_chunks = max(512, -(-capacity // add_chunk))                    # a CPU takes 512 turns of a loop as one task
     k.hash_encode_backward(m.n_levels, n_chunks, add_chunk, counter, m.level, m.sample, m.grad_feature, m.grad_params)
     k.sum_partials(m.n_weights, chunk, pitch, m.density.first, counter, m.partial, m.grad_params)
+
+
+def spread_backward(m, n_rays):
+    """The distortion loss, into grad_rgb_sigma."""
+    k.distortion_forward(n_rays, m.ray_span, m.sample, m.rgb_sigma, m.distortion)
+    k.distortion_backward(n_rays, DISTORTION, m.march_counter, m.ray_span, m.sample, m.rgb_sigma, m.distortion,
+                          m.grad_rgb_sigma)
 
 
 def color_backward(m, first_code):
@@ -716,9 +737,14 @@ def compare(m, n_rays, views, seed, step, first_code):
                     m.ray_view, views.size, views.camera, m.ray, m.ray_step, m.pixel, m.depth)
     march(m, n_rays, k.END, n_steps)
     forward(m, n_rays, n_steps, first_code)
-    random_background = int(space.unbounded or views.alpha == "background")
-    k.loss_and_gradient(n_rays, random_background, int(views.alpha == "mask"), seed, step, m.march_counter,
-                        m.ray_pixel, views.pixels, m.ray_step, m.pixel, m.loss, m.grad_pixel, m.bad_step)
+    compare_pixels(m, n_rays, views, seed, step, m.march_counter)
+
+
+def compare_pixels(m, n_rays, views, seed, step, counter):
+    """Loss of the pixels of a training step, and its gradient in their colors."""
+    random_background = int(m.space.unbounded or views.alpha == "background")
+    k.loss_and_gradient(n_rays, random_background, int(views.alpha == "mask"), seed, step, counter, m.ray_pixel,
+                        views.pixels, m.ray_step, m.pixel, m.loss, m.grad_pixel, m.bad_step)
 
 
 def train_step(m, n_rays, views, seed, step, learning_rate):
@@ -728,6 +754,19 @@ def train_step(m, n_rays, views, seed, step, learning_rate):
     k.mark_lit_cells(n_rays, m.settings["grid"], step, m.march_span, m.march_sample, m.march_sigma, m.keep, m.lit_step)
     backward(m, n_rays)
     adam(m, step + 1, learning_rate)
+
+
+def draw_rays(m, n_rays):
+    """Rays that are rendered to pixels, in waves: each takes those that light still gets through a few samples
+    further."""
+    n_steps, limit = m.settings["render_steps"], 8
+    while True:
+        march(m, n_rays, limit, n_steps)
+        n_samples, n_kept = m.march_counter.to_numpy()[:2]
+        if n_samples == 0 and n_kept == n_rays:
+            break
+        forward(m, n_rays, n_steps, m.first_code + m.n_photos * m.n_code)    # with the neutral code
+        limit = min(2 * limit, m.settings["march"] // m.settings["block"])
 
 
 def to_cube(camera, space):
@@ -747,22 +786,301 @@ def upload_views(m, views):
     return types.SimpleNamespace(pixels=pixels, size=size, camera=camera, n=len(views.size), alpha=views.alpha)
 
 
-def make_model(scene, space, arch, old={}):
-    """A model for a scene, and its training views on the device; `old` has settings that it must have. It says how much
-    memory that takes: UserError where there is not so much."""
-    machine, n_photos = "cpu" if arch == "cpu" else "gpu", len(scene.train.size) if scene.capture else 0
-    settings = {**MACHINES[machine], **(UNBOUNDED[machine] if space.unbounded else {}), **old}
+# ---- The family: other models, of the stages in Part II of kernels.py -----------------------------------------------
+
+class SampledModel(Model):
+    """Buffers of a model that samples its rays from end to end, at first coarsely, then where that found something; its
+    networks are deep, and there is neither hash grid nor occupancy grid. n = march, the most samples of either kind."""
+
+    marches, KEPT, DRAWN = False, ("params", "moment"), ("params",)
+
+    def __init__(self, settings, space, n_photos=0, n_levels=N_LEVELS, training=True, dry=False):
+        n, blocks = settings["march"], settings["blocks"]
+        n_rays = max(1, n // (settings["coarse"] + settings["fine"]))        # so that none is ever dropped
+        self.settings, self.space, self.n_photos = {**settings, "rays": n_rays}, space, n_photos
+        self.n_levels, self.dry, self.buffers, self.n_code, self.n_slots = n_levels, dry, [], 0, 0
+        self.mlps, self.nets, f32, i32 = [], [], ti.f32, ti.i32
+        for _ in range(MODELS[self.name].n_nets):
+            self.nets.append(self.new_net(sum(net.n_weights for net in self.nets), blocks))
+        self.n_rows = sum(net.n_weights for net in self.nets) // k.N_FEATURES
+        self.pitch = self.nets[0].n_weights + 16                 # of a row of `partial`
+        self.params = self.new(k.rowF, self.n_rows)              # of one network after the other
+
+        self.ray_pixel, self.ray_view, self.ray_code = (self.new(i32, n_rays) for _ in range(3))
+        self.ray, self.ray_step = self.new(f32, 8 * n_rays), self.new(i32, n_rays)
+        self.pixel, self.depth = self.new(f32, 4 * n_rays), self.new(f32, n_rays)
+        self.block_start = self.new(i32, -(-n_rays // settings["block"]))
+        self.coarse, self.fine = (types.SimpleNamespace(
+            net=net, span=self.new(i32, 2 * n_rays), counter=self.new(i32, 4), sample=self.new(f32, 5 * n),
+            sample_ray=self.new(i32, n)) for net in (self.nets[0], self.nets[-1]))
+        self.march_counter, self.counter = self.coarse.counter, self.fine.counter
+        self.weight = self.new(f32, n)                           # of the coarse samples in their pixels
+        self.feature = self.new(k.row64, n)                      # frequencies
+        self.hidden = [self.new(k.row64, layer.n_out * n) for layer in self.nets[0].layers]
+        self.density_hidden, self.geometry = self.new(k.row64, n), self.new(k.row16, n)
+        self.color_input, self.color_hidden = self.new(k.row64, n), self.new(k.row64, n)
+        self.color_raw, self.rgb_sigma = self.new(k.row16, n), self.new(f32, 4 * n)
+        self.view_size, self.view_camera = self.new(i32, 4), self.new(f32, k.CAMERA)
+        if not training:
+            return
+
+        self.grad_params, self.moment = self.new(k.rowF, self.n_rows), self.new(k.rowF, 2 * self.n_rows)
+        self.partial = self.new(f32, -(-n // settings["chunk"]) * self.pitch)
+        self.loss, self.bad_step = self.new(f32, n_rays), self.new(i32, 1)
+        self.grad_pixel, self.grad_rgb_sigma = self.new(f32, 4 * n_rays), self.new(f32, 4 * n)
+        self.grad_color_raw, self.grad_color_hidden = self.new(k.row16, n), self.new(k.row64, n)
+        self.grad_color_input, self.grad_geometry = self.new(k.row64, n), self.new(k.row16, n)
+        self.grad_density_hidden = self.new(k.row64, n)
+        self.grad_hidden = [self.new(k.row64, layer.n_out * n) for layer in self.nets[0].layers]
+
+    def new_net(self, first, blocks):
+        """A network of 8 layers, the last of them the density MLP's; the encoding enters the first and the fifth."""
+        sizes = [(k.WIDTH, 0, blocks), *3 * [(0, blocks, blocks)], (k.WIDTH, blocks, blocks), (0, blocks, blocks),
+                 (0, blocks, 1)]
+        layers, param, row, row_t = [], first, 0, 0
+        for n_x, n_h, n_out in sizes:
+            layers.append(types.SimpleNamespace(n_x=n_x, n_h=n_h, n_out=n_out, param=param, row=row, row_t=row_t))
+            param += k.WIDTH * n_out * (n_x + k.WIDTH * n_h)
+            row, row_t = row + n_out * (n_x + k.WIDTH * n_h), row_t + n_out * n_h * k.WIDTH
+        density = self.new_mlp(param, k.WIDTH, 1, k.OUTPUT)
+        param += k.WIDTH * count_rows(k.WIDTH, 1, k.OUTPUT)
+        n_color = k.OUTPUT + 6 * k.DIRECTION_FREQUENCIES + 4
+        color = self.new_mlp(param, n_color, 1, 3)
+        return types.SimpleNamespace(
+            first=first, n_weights=param + k.WIDTH * count_rows(n_color, 1, 3) - first, layers=layers, density=density,
+            color=color, weight=self.new(k.row64, row), weight_t=self.new(k.row64, row_t))
+
+    def initialize(self, seed):
+        """Random parameters: layers He uniform (bound sqrt(6 / inputs)), since there are many; MLPs as in ngp."""
+        for net in self.nets:
+            for layer in net.layers:
+                n_in = layer.n_x + k.WIDTH * layer.n_h
+                k.fill_uniform(k.WIDTH * layer.n_out * n_in, layer.param, math.sqrt(6.0 / n_in), seed, self.params)
+        super().initialize(seed)
+
+
+class NeRF(SampledModel):
+    """Mildenhall et al. 2020: two networks, of which the second sees the samples of both."""
+    name = "nerf"
+
+
+class MipNeRF(SampledModel):
+    """Barron et al. 2021: cones, and one network for both levels."""
+    name = "mipnerf"
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.wide_weight = self.new(ti.f32, self.settings["march"])
+
+
+class WildModel(Model):
+    """Martin-Brualla et al. 2021: ngp, and a part that is another one in each photograph, and uncertain."""
+    name, more_mlps, code_sets = "nerfw", {"transient_net": (2 * k.OUTPUT, 2, 5)}, 2
+
+    def __init__(self, settings, space, n_photos=0, n_levels=N_LEVELS, training=True, dry=False):
+        super().__init__(settings, space, n_photos, n_levels, training, dry)
+        n, n_rays = settings["march"], settings["rays"]
+        self.first_transient = self.first_code + self.n_codes    # code: a second one for each photograph
+        if training:
+            self.transient_input, self.transient_hidden = self.new(k.row64, n), self.new(k.row64, 2 * n)
+            self.transient_raw, self.transient = self.new(k.row16, n), self.new(ti.f32, 5 * n)
+            self.grad_transient_input, self.grad_transient_hidden = self.new(k.row64, n), self.new(k.row64, 2 * n)
+            self.grad_transient_raw, self.grad_transient = self.new(k.row16, n), self.new(ti.f32, 5 * n)
+            self.beta, self.grad_beta = self.new(ti.f32, n_rays), self.new(ti.f32, n_rays)
+
+
+def load_layers(m, net):
+    """Weights of a deep network into wide rows."""
+    for layer in net.layers:
+        k.load_layer(layer.n_x, layer.n_h, layer.n_out, layer.param, layer.row, layer.row_t, m.params, net.weight,
+                     net.weight_t)
+
+
+def sample_rays(m, n_rays, at, size, camera, jitter, seed, step):
+    """Rays to samples: `at` is m.coarse, or m.fine after the forward launches of m.coarse. Wipes the pixels."""
+    family, n, middle = MODELS[m.name], m.settings["coarse"], MODELS[m.name].middle
+    k.generate_rays(n_rays, m.space.unbounded, m.space.near, 0.0, 0, seed, step, m.ray_pixel, m.ray_view, size, camera,
+                    m.ray, m.ray_step, m.pixel, m.depth)
+    if at is m.coarse:
+        k.count_even(n_rays, n, m.ray, at.span)
+        scan(n_rays, m.settings["block"], m.settings["march"], at.span, m.block_start, at.counter)
+        k.sample_even(n_rays, n, middle, jitter, seed, step, m.ray, at.span, m.ray_step, at.sample, at.sample_ray)
+    else:
+        weight = family.weigh(m, n_rays)
+        k.count_even(n_rays, m.settings["fine"] + family.merge * n, m.ray, at.span)
+        scan(n_rays, m.settings["block"], m.settings["march"], at.span, m.block_start, at.counter)
+        k.sample_where_light_is(n_rays, m.settings["fine"], family.merge, middle, jitter, seed, step, m.ray,
+                                m.coarse.span, m.coarse.sample, weight, at.span, m.ray_step, at.sample, at.sample_ray)
+
+
+def sampled_forward(m, n_rays, at, camera):
+    """Samples to pixels."""
+    net, counter, capacity, family = at.net, at.counter, m.settings["march"], MODELS[m.name]
+    cones = (at.sample_ray, m.ray, m.ray_view, camera) if family.cones else ()
+    getattr(k, family.encoding + "_forward")(counter, *cones, at.sample, m.feature)
+    h = m.hidden[0]                                  # of which the first layer takes nothing
+    for layer, y in zip(net.layers, m.hidden):
+        k.layer_forward(layer.n_x, layer.n_h, layer.n_out, layer.row, capacity, counter, m.feature, h, net.weight, y)
+        h = y
+    mlp = net.density
+    k.mlp_forward(mlp.n_in, mlp.n_hidden, capacity, counter, h, mlp.weight, mlp.weight_out, m.density_hidden,
+                  m.geometry)
+    getattr(k, family.density + "_forward")(counter, m.geometry, m.rgb_sigma)
+    k.direction_input_forward(counter, m.geometry, at.sample_ray, m.ray, m.color_input)
+    mlp = net.color
+    k.mlp_forward(mlp.n_in, mlp.n_hidden, capacity, counter, m.color_input, mlp.weight, mlp.weight_out, m.color_hidden,
+                  m.color_raw)
+    getattr(k, family.color + "_forward")(counter, m.color_raw, m.rgb_sigma)
+    k.composite_forward(n_rays, at.span, at.sample, m.rgb_sigma, m.pixel, m.depth)
+
+
+def sampled_backward(m, n_rays, at):
+    """Mirror of sampled_forward(): from grad_pixel to grad_params."""
+    net, counter, capacity, family = at.net, at.counter, m.settings["march"], MODELS[m.name]
+    chunk, pitch, mlp = m.settings["chunk"], m.pitch, net.color
+    k.composite_backward(n_rays, at.span, at.sample, m.rgb_sigma, m.pixel, m.grad_pixel, m.grad_rgb_sigma)
+    getattr(k, family.color + "_backward")(counter, m.rgb_sigma, m.grad_rgb_sigma, m.grad_color_raw)
+    k.mlp_backward_input(mlp.n_hidden, mlp.n_out, capacity, counter, m.color_hidden, mlp.weight_t, m.grad_color_raw,
+                         m.grad_color_hidden, m.grad_color_input)
+    k.mlp_backward_weight(mlp.n_in, mlp.n_hidden, mlp.n_out, capacity, chunk, pitch, mlp.first - net.first, counter,
+                          m.color_input, m.color_hidden, m.grad_color_hidden, m.grad_color_raw, m.partial)
+    mlp = net.density
+    getattr(k, family.density + "_backward")(counter, m.rgb_sigma, m.grad_rgb_sigma, m.grad_color_input,
+                                             m.grad_geometry)
+    k.mlp_backward_input(mlp.n_hidden, mlp.n_out, capacity, counter, m.density_hidden, mlp.weight_t, m.grad_geometry,
+                         m.grad_density_hidden, m.grad_hidden[-1])
+    k.mlp_backward_weight(mlp.n_in, mlp.n_hidden, mlp.n_out, capacity, chunk, pitch, mlp.first - net.first, counter,
+                          m.hidden[-1], m.density_hidden, m.grad_density_hidden, m.grad_geometry, m.partial)
+    k.relu_backward(counter, m.hidden[-1], m.grad_hidden[-1])
+    for l, layer in reversed(list(enumerate(net.layers))):
+        before = max(l - 1, 0)
+        k.layer_backward_weight(layer.n_x, layer.n_h, layer.n_out, capacity, chunk, pitch, layer.param - net.first,
+                                counter, m.feature, m.hidden[before], m.grad_hidden[l], m.partial)
+        if l > 0:
+            k.layer_backward_input(layer.n_h, layer.n_out, layer.row_t, capacity, counter, m.hidden[before],
+                                   net.weight_t, m.grad_hidden[l], m.grad_hidden[before])
+    k.sum_partials(net.n_weights, chunk, pitch, net.first, counter, m.partial, m.grad_params)
+
+
+def sampled_step(m, n_rays, views, seed, step, learning_rate):
+    """train_step() of the models that sample: the losses of the coarse and of the fine pixels are added."""
+    k.pick_pixels(n_rays, views.n, seed, step, views.size, m.ray_pixel, m.ray_view, m.ray_code)
+    for at in (m.coarse, m.fine):
+        sample_rays(m, n_rays, at, views.size, views.camera, 1, seed, step)
+        sampled_forward(m, n_rays, at, views.camera)
+        compare_pixels(m, n_rays, views, seed, step, at.counter)
+        if at is m.coarse and MODELS[m.name].coarse_loss != 1.0:
+            k.weigh_loss(n_rays, MODELS[m.name].coarse_loss, m.grad_pixel)
+        sampled_backward(m, n_rays, at)
+    adam(m, step + 1, learning_rate)
+
+
+def draw_sampled_rays(m, n_rays):
+    """draw_rays() of the models that sample."""
+    for at in (m.coarse, m.fine):
+        sample_rays(m, n_rays, at, m.view_size, m.view_camera, 0, 0, 0)
+        sampled_forward(m, n_rays, at, m.view_camera)
+
+
+def weigh_points(m, n_rays):
+    """NeRF's weights of the coarse samples, from their forward launches."""
+    k.weigh_samples(n_rays, 1e-5, m.coarse.span, m.coarse.sample, m.rgb_sigma, m.weight)
+    return m.weight
+
+
+def weigh_cones(m, n_rays):
+    """Mip-NeRF's."""
+    k.weigh_samples(n_rays, 0.0, m.coarse.span, m.coarse.sample, m.rgb_sigma, m.weight)
+    k.widen_weights(n_rays, 0.01, m.coarse.span, m.weight, m.wide_weight)
+    return m.wide_weight
+
+
+def transient_forward(m, n_rays):
+    """After forward(): pixels again, with the transient part, and their uncertainty."""
+    net, counter, capacity = m.transient_net, m.counter, m.settings["march"]
+    k.color_input_forward(m.n_code, m.first_transient, counter, m.geometry, m.sample_ray, m.ray, m.ray_view, m.params,
+                          m.transient_input)
+    k.mlp_forward(net.n_in, net.n_hidden, capacity, counter, m.transient_input, net.weight, net.weight_out,
+                  m.transient_hidden, m.transient_raw)
+    k.transient_head_forward(counter, m.transient_raw, m.transient)
+    k.composite_both_forward(n_rays, m.ray_span, m.sample, m.rgb_sigma, m.transient, m.pixel)
+    k.uncertainty_forward(n_rays, m.ray_span, m.sample, m.transient, m.beta)
+
+
+def transient_backward(m, n_rays):
+    """Mirror of transient_forward() in place of backward(): from grad_pixel and grad_beta to grad_params."""
+    net, counter, capacity, chunk = m.transient_net, m.counter, m.settings["march"], m.settings["hash_chunk"]
+    k.composite_both_backward(n_rays, m.ray_span, m.sample, m.rgb_sigma, m.transient, m.pixel, m.grad_pixel,
+                              m.grad_rgb_sigma, m.grad_transient)
+    if m.space.unbounded:
+        spread_backward(m, n_rays)
+    k.uncertainty_backward(n_rays, TRANSIENT, m.march_counter, m.ray_span, m.sample, m.transient, m.beta, m.grad_beta,
+                           m.grad_transient)
+    k.transient_head_backward(counter, m.transient, m.grad_transient, m.grad_transient_raw)
+    k.mlp_backward_input(net.n_hidden, net.n_out, capacity, counter, m.transient_hidden, net.weight_t,
+                         m.grad_transient_raw, m.grad_transient_hidden, m.grad_transient_input)
+    k.mlp_backward_weight(net.n_in, net.n_hidden, net.n_out, capacity, m.settings["chunk"], m.pitch,
+                          net.first - m.density.first, counter, m.transient_input, m.transient_hidden,
+                          m.grad_transient_hidden, m.grad_transient_raw, m.partial)
+    k.code_backward(m.n_code, m.first_transient, -(-capacity // chunk), chunk, counter, m.sample_ray, m.ray_view,
+                    m.grad_transient_input, m.grad_params)
+    color_backward(m, m.first_code)
+    k.transient_input_backward(counter, m.grad_transient_input, m.grad_color_input)
+    field_backward(m)
+
+
+def wild_step(m, n_rays, views, seed, step, learning_rate):
+    """train_step() with the transient part."""
+    k.pick_pixels(n_rays, views.n, seed, step, views.size, m.ray_pixel, m.ray_view, m.ray_code)
+    compare(m, n_rays, views, seed, step, m.first_code)
+    k.mark_lit_cells(n_rays, m.settings["grid"], step, m.march_span, m.march_sample, m.march_sigma, m.keep, m.lit_step)
+    transient_forward(m, n_rays)
+    compare_pixels(m, n_rays, views, seed, step, m.march_counter)
+    k.weigh_by_uncertainty(n_rays, m.march_counter, m.loss, m.beta, m.grad_pixel, m.grad_beta)
+    transient_backward(m, n_rays)
+    adam(m, step + 1, learning_rate)
+
+
+# What a model is made of: its class; a training step, and the pixels of a picture, as lists of launches; the first and
+# last learning rate, if not those above; what differs in MACHINES; what its file says otherwise than MODEL_INFO has it.
+# Models that sample: number of networks; whether fine samples are added to coarse ones; where in its part of the ray
+# a sample lies; what coarse samples weigh; the encoding, and whether it is one of cones; the heads; what the loss of
+# coarse pixels counts. Of their settings, coarse and fine are samples per ray, blocks of 64 neurons a layer's width.
+SAMPLED = dict(step=sampled_step, draw=draw_sampled_rays,
+               info=dict(settings=dict(coarse=(1, 1024), fine=(1, 1024), blocks=(1, 4))))
+SAMPLED_CPU = dict(march=2**15, batch=2**13, frames=12, blocks=1)
+SAMPLED_GPU = dict(march=2**18, batch=2**17, blocks=4)
+MODELS = {name: types.SimpleNamespace(**parts) for name, parts in dict(
+    ngp=dict(make=Model, step=train_step, draw=draw_rays, rates=None, settings=dict(cpu={}, gpu={}), info={}),
+    nerf=dict(SAMPLED, make=NeRF, rates=(5e-3, 5e-4), n_nets=2, merge=1, middle=0.0, weigh=weigh_points,
+              encoding="frequency_encode", cones=False, density="density_softplus", color="color_head",
+              coarse_loss=1.0, settings=dict(cpu=dict(SAMPLED_CPU, coarse=24, fine=24),
+                                             gpu=dict(SAMPLED_GPU, coarse=64, fine=128))),
+    mipnerf=dict(SAMPLED, make=MipNeRF, rates=(5e-3, 5e-4), n_nets=1, merge=0, middle=0.5, weigh=weigh_cones,
+                 encoding="integrated_encode", cones=True, density="density_softplus", color="color_wide",
+                 coarse_loss=0.1, settings=dict(cpu=dict(SAMPLED_CPU, coarse=32, fine=32),
+                                                gpu=dict(SAMPLED_GPU, coarse=128, fine=128))),
+    nerfw=dict(make=WildModel, step=wild_step, draw=draw_rays, rates=None, settings=dict(cpu={}, gpu={}), info={}),
+).items()}
+
+
+def make_model(name, scene, space, arch, old={}):
+    """A model, by its name, for a scene, and the scene's training views on the device; `old` has settings that it must
+    have. It says how much memory that takes: UserError where there is not so much."""
+    check_model(name, space)
+    make, n_photos = MODELS[name].make, count_photos(name, scene)
+    settings = {**machine_settings(name, "cpu" if arch == "cpu" else "gpu", space.unbounded), **old}
     x, y, z = space.center
     print(f"placed around ({x:.3g}, {y:.3g}, {z:.3g}): " + (
         f"a ball of radius {space.side * k.RADIUS:.3g}, and contracted what is beyond" if space.unbounded else
         f"a box with sides of {space.side:.3g}"))
-    plan, images = Model(settings, space, n_photos, dry=True), scene.train.pixels.nbytes / 1e6
+    plan, images = make(settings, space, n_photos, dry=True), scene.train.pixels.nbytes / 1e6
     buffers = plan.buffer_mb() + images              # and a checkpoint on its way to the disk
     need = buffers + (48 * plan.n_rows + 4 * settings["grid"] ** 3) / 1e6 + HOST_MB
     print(f"needs {need:.0f} MB of memory, {buffers:.0f} MB of them for buffers, {images:.0f} MB of these for images")
     if arch == "cpu":
         check_fits("this run", need, "use a larger --downscale" if 2 * images > buffers else "close other programs")
-    m = Model(settings, space, n_photos)
+    m = make(settings, space, n_photos)
     return m, upload_views(m, scene.train)
 
 
@@ -773,33 +1091,33 @@ def read_totals(m):
     return np.concatenate([m.march_counter.to_numpy()[2:], m.counter.to_numpy()[3:]]).view(np.uint32)
 
 
-KEPT = ("params", "occupancy", "moment", "density_grid", "lit_step")       # buffers that outlive a step
-
-
 def train(m, views, seed, steps=None, seconds=None, report=lambda **line: None, keep=lambda state: False, resume=None,
           read_every=None):
     """Train for a number of steps, or for so many seconds of wall clock; the learning rate's schedule spans either.
 
     views   from upload_views
-    report  called every `read_every` steps (default: READ_EVERY) with progress (0..1), step, seconds, loss, psnr, samples_per_second, n_rays
+    report  called every `read_every` steps (default: READ_EVERY) with progress (0..1), step, seconds, loss, psnr,
+            samples_per_second, n_rays
     keep    called then with the state of this loop, a dict of numbers, while the clock stands still: together with the
-            buffers in KEPT it is all that the steps to come depend on. Training ends early if it returns True. Other
-            buffers, save those of the views, may be used meanwhile: see glance()
+            model's buffers in KEPT it is all that the steps to come depend on. Training ends early if it returns True.
+            Other buffers, save those of the views, may be used meanwhile: see glance()
     resume  (state, arrays) that were kept, to go on from there
     Returns the totals: steps, complete, train_seconds, compile_seconds, samples, rays, rays_dropped.
     The clock starts when every kernel has been launched once on nothing.
     """
     grid, batch, refresh = m.settings["grid"], m.settings["batch"], m.settings["refresh"]
+    take_step, (first_rate, last_rate) = MODELS[m.name].step, MODELS[m.name].rates or (LEARNING_RATE, FINAL_RATE)
     start = time.perf_counter()
     m.initialize(seed)
-    train_step(m, 0, views, seed, 0, 0.0)
-    update_occupancy(m, 0, 0, seed, 0)
-    start_occupancy(m, views, m.new(ti.f32, 4 * views.n))
+    take_step(m, 0, views, seed, 0, 0.0)
+    if m.marches:
+        update_occupancy(m, 0, 0, seed, 0)
+        start_occupancy(m, views, m.new(ti.f32, 4 * views.n))
     now = types.SimpleNamespace(step=0, progress=0.0, seconds=0.0, cell=0, n_rays=min(256, m.settings["rays"]),
                                 samples=0, rays=0, rays_dropped=0)
     if resume:
         vars(now).update(resume[0], n_rays=min(resume[0]["n_rays"], m.settings["rays"]))
-        for name in KEPT:
+        for name in m.KEPT:
             getattr(m, name).from_numpy(resume[1][name])
         load_weights(m)
     m.bad_step.fill(k.NEVER)
@@ -809,10 +1127,10 @@ def train(m, views, seed, steps=None, seconds=None, report=lambda **line: None, 
     rays_since, seen, stop = 0, read_totals(m), False
     start = time.perf_counter() - now.seconds
     while now.progress < 1.0 and not stop:
-        rate = LEARNING_RATE * (FINAL_RATE / LEARNING_RATE) ** now.progress
-        train_step(m, now.n_rays, views, seed, now.step, rate)
+        rate = first_rate * (last_rate / first_rate) ** now.progress
+        take_step(m, now.n_rays, views, seed, now.step, rate)
         now.step, rays_since = now.step + 1, rays_since + now.n_rays
-        if now.step % min(refresh, 1 + now.step // 64) == 0:     # more often while the field takes shape
+        if m.marches and now.step % min(refresh, 1 + now.step // 64) == 0:   # more often while the field takes shape
             n_cells = min(batch, grid**3)
             update_occupancy(m, n_cells, now.cell, seed, now.step)
             now.cell = (now.cell + n_cells) % grid**3
@@ -839,7 +1157,8 @@ def train(m, views, seed, steps=None, seconds=None, report=lambda **line: None, 
             stop = keep(dict(vars(now)))
             seen = read_totals(m)
             start += time.perf_counter() - paused
-    pack_occupancy(m, now.step, k.END)                           # nothing is dark: new views may see it
+    if m.marches:
+        pack_occupancy(m, now.step, k.END)                       # nothing is dark: new views may see it
     ti.sync()
     return dict(steps=now.step, complete=now.progress >= 1.0, train_seconds=time.perf_counter() - start,
                 compile_seconds=compile_seconds, samples=now.samples, rays=now.rays, rays_dropped=now.rays_dropped)
@@ -862,24 +1181,13 @@ def start_tile(m, n_rays, first):
 
 def render_tiles(m, camera, width, height, lens=0):
     """Render one view, tile by tile, each of as many rays as there are buffers for: yields (first pixel, rgb [n, 3]
-    over white, depth [n] in world units, inf where empty). camera and lens: see aim().
-
-    A tile is rendered in waves: each takes the rays that light still gets through a few samples further.
-    """
-    n_steps, n_pixels, neutral = m.settings["render_steps"], width * height, m.first_code + m.n_photos * m.n_code
-    tile = min(m.settings["rays"], m.settings["march"] // 8)
+    over white, depth [n] in world units, inf where empty). camera and lens: see aim()."""
+    n_pixels, tile = width * height, min(m.settings["rays"], m.settings["march"] // 8)
     aim(m, camera, width, height, lens)
     for first in range(0, n_pixels, tile):
         n_rays = min(tile, n_pixels - first)
         start_tile(m, n_rays, first)
-        limit = 8
-        while True:
-            march(m, n_rays, limit, n_steps)
-            n_samples, n_kept = m.march_counter.to_numpy()[:2]
-            if n_samples == 0 and n_kept == n_rays:
-                break
-            forward(m, n_rays, n_steps, neutral)
-            limit = min(2 * limit, m.settings["march"] // m.settings["block"])
+        MODELS[m.name].draw(m, n_rays)
         pixel = m.pixel.to_numpy()[:4 * n_rays].reshape(n_rays, 4)
         opacity = 1.0 - pixel[:, 3]
         depth = np.where(opacity > 0.5, m.depth.to_numpy()[:n_rays] / np.maximum(opacity, 0.5), np.inf)
@@ -896,12 +1204,14 @@ def render_view(m, camera, width, height, lens=0):
 def glance(m):
     """While training pauses, a model to render from, as train() leaves it in the end; without a trace in what is to
     come."""
-    occupancy = m.occupancy.to_numpy()
-    seen = occupancy.copy()
-    seen[-m.settings["grid"] ** 3 // 32:] = 0                    # no cell is dark
-    m.occupancy.from_numpy(seen)
+    if m.marches:
+        occupancy = m.occupancy.to_numpy()
+        seen = occupancy.copy()
+        seen[-m.settings["grid"] ** 3 // 32:] = 0                # no cell is dark
+        m.occupancy.from_numpy(seen)
     yield
-    m.occupancy.from_numpy(occupancy)
+    if m.marches:
+        m.occupancy.from_numpy(occupancy)
 
 
 def psnr(image, truth, counts=True):
@@ -1076,14 +1386,19 @@ def read_arrays(path, machine, training=False):
                     newer = type(info.get("format")) is int and info["format"] > FORMAT
                     raise UserError(f"{path} was written by {'a newer' if newer else 'an older'} version",
                                     "use that version, or train again")
-                info = believe(info, CHECKPOINT_INFO if training else MODEL_INFO)
-                m = Model({**MACHINES[machine], **info["settings"]}, None, info["n_photos"], info["n_levels"], dry=True)
+                name = believe(info.get("model", "ngp"), set(MODELS))        # models were all of one kind at first
+                family = MODELS[name]
+                schema = {**(CHECKPOINT_INFO if training else MODEL_INFO), **family.info}
+                info = dict(believe(info, schema), model=name)
+                m = family.make({**machine_settings(name, machine), **info["settings"]}, None, info["n_photos"],
+                                info["n_levels"], dry=True)
                 rows, cells = m.n_rows, m.settings["grid"] ** 3
                 shapes = dict(params=(b"<f4", rows, k.N_FEATURES), moment=(b"<f4", 2 * rows, k.N_FEATURES),
                               density_grid=(b"<f4", cells), lit_step=(b"<i4", cells),
                               occupancy=(b"<u4", cells // 2048 * 129), camera_train=(b"<f4", None, k.CAMERA),
                               camera_test=(b"<f4", None, k.CAMERA), camera_test_size=(b"<i4", None, 4))
-                shapes = {name: shapes[name] for name in (KEPT if training else set(shapes) - {*KEPT[2:]})}
+                wanted = m.KEPT if training else [*m.DRAWN, "camera_train", "camera_test", "camera_test_size"]
+                shapes = {name: shapes[name] for name in wanted}
                 if sorted(file.namelist()) != sorted(name + ".npy" for name in ["info", *shapes]):
                     raise ValueError("it holds other arrays")
                 return info, {name: read_member(file, name, *shape) for name, shape in shapes.items()}
@@ -1094,9 +1409,9 @@ def read_arrays(path, machine, training=False):
 
 
 def save_model(path, m, info, cameras):
-    """Write all that rendering needs to an .npz: params, occupancy, info and cameras (a dict of arrays [n, 22] in world
-    units, and of the test views' size [n, 4], stored as camera_<name>)."""
-    save_arrays(path, info, params=m.params.to_numpy(), occupancy=m.occupancy.to_numpy(),
+    """Write all that rendering needs to an .npz: the buffers in m.DRAWN, info and cameras (a dict of arrays [n, 22] in
+    world units, and of the test views' size [n, 4], stored as camera_<name>)."""
+    save_arrays(path, info, **{name: getattr(m, name).to_numpy() for name in m.DRAWN},
                 **{f"camera_{name}": camera for name, camera in cameras.items()})
 
 
@@ -1111,11 +1426,12 @@ def load_model(folder, machine, training=False):
         if not (len(pose) and np.abs(pose).max() < 1e6 and np.abs(turned - np.eye(3)).max() < 0.1
                 and np.abs(camera).max() < 1e9 and camera[:, 12:14].min() > 1e-6):
             raise UserError(f"{path} has cameras that cannot be", "copy it again, or train again")
-    arguments = {**MACHINES[machine], **info["settings"]}, space, info["n_photos"], info["n_levels"], training
+    make, settings = MODELS[info["model"]].make, {**machine_settings(info["model"], machine), **info["settings"]}
+    arguments = settings, space, info["n_photos"], info["n_levels"], training
     if machine == "cpu":
-        check_fits("this model", Model(*arguments, dry=True).buffer_mb() + HOST_MB, "close other programs")
-    m = Model(*arguments)
-    for name in ("params", "occupancy"):
+        check_fits("this model", make(*arguments, dry=True).buffer_mb() + HOST_MB, "close other programs")
+    m = make(*arguments)
+    for name in m.DRAWN:
         getattr(m, name).from_numpy(arrays[name])
     load_weights(m)
     return m, info, cameras
@@ -1324,6 +1640,23 @@ def write_frames(path, frames, n_frames):
 
 # ---- Command line ---------------------------------------------------------------------------------------------------
 
+def machine_settings(name, machine, unbounded=0):
+    """The settings of a model on a machine."""
+    return {**MACHINES[machine], **MODELS[name].settings.get(machine, {}), **(UNBOUNDED[machine] if unbounded else {})}
+
+
+def count_photos(name, scene):
+    """How many photographs get codes."""
+    return len(scene.train.size) if scene.capture or MODELS[name].make is WildModel else 0
+
+
+def check_model(name, space):
+    """UserError if a model cannot do what a scene asks for."""
+    if space.unbounded and not MODELS[name].make.marches:
+        raise UserError(f"--model {name} knows only scenes in a box, and this one has no end",
+                        "use --model ngp, or an aabb_scale of 1 in transforms.json")
+
+
 def start_taichi(arch):
     """Start Taichi on "cpu", "cuda", "vulkan", "metal", or the best of them ("auto"): (arch, device name).
 
@@ -1430,7 +1763,7 @@ def command_train(args):
             raise UserError(f"{out} is complete: there is nothing to go on with", "train longer into another --out")
         old, arrays = read_arrays(path, "cpu", training=True)
         args.scene, args.downscale, args.seed = args.scene or old["scene"], old["downscale"], old["seed"]
-        args.arch, resume = args.arch or old["arch"], (old["state"], arrays)
+        args.arch, args.model, resume = args.arch or old["arch"], old["model"], (old["state"], arrays)
     else:
         out = run_folder(args.out, args.scene, args.overwrite)
     start = time.perf_counter()
@@ -1440,7 +1773,7 @@ def command_train(args):
         print(f"{args.scene}: {line}")
     print(f"{args.scene}: {len(scene.train.size)} training views, {len(scene.test.size)} held out ({scene.split}), "
           f"{width}x{height}, read in {time.perf_counter() - start:.1f} s")
-    n_photos, checksum = len(scene.train.size) if scene.capture else 0, zlib.crc32(scene.train.size.tobytes())
+    n_photos, checksum = count_photos(args.model, scene), zlib.crc32(scene.train.size.tobytes())
     if resume:
         if (n_photos, checksum) != (old["n_photos"], old["views"]):
             raise UserError(f"{args.scene} is not what {out} is trained on: it has other views or sizes",
@@ -1448,13 +1781,14 @@ def command_train(args):
         space = types.SimpleNamespace(**old["space"])
     arch, device = start_taichi(args.arch)
     print(f"tinynerf {VERSION} on {arch} ({device}), Taichi {'.'.join(map(str, ti.__version__))}")
-    m, views = make_model(scene, space, arch, old.get("settings", {}))
+    m, views = make_model(args.model, scene, space, arch, old.get("settings", {}))
     settings = m.settings
     target, unit = (old["target"], old["unit"]) if old else next(
         (source[unit], unit) for source in (vars(args), settings) for unit in ("steps", "seconds") if source.get(unit))
-    info = dict(version=VERSION, scene=os.path.abspath(args.scene), downscale=args.downscale, n_levels=m.n_levels,
-                n_photos=m.n_photos, space=vars(space), width=int(width), height=int(height), split=scene.split,
-                settings={name: settings[name] for name in STORED})
+    info = dict(version=VERSION, model=m.name, scene=os.path.abspath(args.scene), downscale=args.downscale,
+                n_levels=m.n_levels, n_photos=m.n_photos, space=vars(space), width=int(width), height=int(height),
+                split=scene.split,
+                settings={name: settings[name] for name in {**MODEL_INFO, **MODELS[m.name].info}["settings"]})
 
     interrupted = []                                 # by Ctrl-C, the first of which is only noted
 
@@ -1486,7 +1820,7 @@ def command_train(args):
             """A checkpoint after the first step, now and then, and at the end."""
             if (state["step"] == 1 or time.monotonic() > saved[0] + CHECKPOINT_SECONDS or interrupted
                     or state["progress"] >= 1.0):
-                kept = {name: getattr(m, name).to_numpy() for name in KEPT}
+                kept = {name: getattr(m, name).to_numpy() for name in m.KEPT}
                 if not all(np.isfinite(array).all() for array in kept.values()):
                     raise UserError(f"the model is not finite at step {state['step']}: training has stopped",
                                     "are the poses and images right? the last checkpoint is from before that step")
@@ -1660,8 +1994,8 @@ def extract_mesh(m, resolution):
 
 
 def drop_specks(place, rgb, triangles):
-    """The mesh without the components that have less than SPECK of the largest one's triangles: floaters, bubbles inside
-    of things."""
+    """The mesh without the components that have less than SPECK of the largest one's triangles: floaters, and bubbles
+    inside of things."""
     label, old = np.arange(len(place)), None
     while not np.array_equal(label, old):            # each vertex takes the least number among those it hangs on
         old = label.copy()
@@ -1681,6 +2015,8 @@ def command_mesh(args):
     if not out.lower().endswith(".ply"):
         raise UserError(f"cannot write a mesh as {out}", "end the name in .ply")
     check_fits("the mesh", 30 * (args.resolution + 1) ** 3 / 1e6, "use a smaller --resolution")
+    if not m.marches:
+        raise UserError(f"{args.run} is of --model {m.name}, which has no hash grid", "mesh knows ngp and nerfw")
     place, rgb, triangles = extract_mesh(m, args.resolution)
     if not len(triangles):
         raise UserError(f"{args.run} has no surface: all of it is thin", "train it for longer")
@@ -1737,7 +2073,7 @@ class Window:
         self.seconds = {"moving": [], "still": []}   # that pictures took
 
     def poll(self):
-        """Show what there is, and do what mouse and keys ask for; whether that asks for another picture, or for none."""
+        """Show what there is, and do what mouse and keys ask for; whether that asks for another picture, or none."""
         if not self.gui.running:
             return True
         image, lines, (width, height) = self.image, KEYS if self.help else (), self.size
@@ -1778,7 +2114,7 @@ class Window:
             zoom = {"+": 0.9, "=": 0.9, "-": 1.0 / 0.9}.get(key, 1.0)
             if key in (gui.ESCAPE, gui.EXIT):
                 gui.running = False
-            elif key in ("c", "d", "o"):
+            elif key in (("c", "d", "o") if self.m.marches else ("c", "d")):
                 self.mode, changed = key, True
             elif key == "r":
                 (self.at, self.target), changed = self.start, True
@@ -1859,7 +2195,7 @@ def command_view(args):
     else:
         scene = load_scene(args.what, args.downscale)
         arch, _ = start_taichi(args.arch)
-        m, views = make_model(scene, place_scene(scene), arch)
+        m, views = make_model("ngp", scene, place_scene(scene), arch)
         own, cameras, folder, training = scene.train.size[0, 1:3].tolist(), scene.train.camera, ".", True
     window = Window(m, cameras, args.size or (800, max(round(800 * own[1] / own[0]), 1)), own, folder)
     render_view(m, window.camera, 8, 8)              # every kernel is compiled
@@ -1931,7 +2267,7 @@ def measure_floors(m):
 def step_work(m, rays, marched, kept):
     """What a training step asks of each kernel: {name: (floor, amount)}, FLOPs of products or bytes that must be read
     and written at least. Marching and random numbers are counted by their bytes, although they mostly compute."""
-    forward = sum(2 * k.WIDTH * count_rows(net.n_in, net.n_hidden, net.n_out) for net in (m.density, m.color))
+    forward = sum(2 * k.WIDTH * count_rows(net.n_in, net.n_hidden, net.n_out) for net in m.mlps)
     corners = 8 * m.n_levels * 4 * k.N_FEATURES                                  # bytes of table per sample
     work = dict(
         pick_pixels=("copy", 4 * rays), generate_rays=("copy", 60 * rays), count_samples=("copy", 44 * rays),
@@ -1953,28 +2289,65 @@ def step_work(m, rays, marched, kept):
     if m.space.unbounded:
         work.update(contract_samples=("copy", 24 * marched), distortion_forward=("copy", 20 * rays + 12 * kept),
                     distortion_backward=("copy", 20 * rays + 20 * kept))
+    if m.name == "nerfw":
+        del work["composite_backward"]
+        work.update(transient_head_forward=("copy", 84 * kept), transient_head_backward=("copy", 104 * kept),
+                    composite_both_forward=("copy", 24 * rays + 40 * kept),
+                    composite_both_backward=("copy", 40 * rays + 76 * kept), uncertainty_forward=("copy", 12 * kept),
+                    uncertainty_backward=("copy", 16 * rays + 28 * kept), weigh_by_uncertainty=("copy", 44 * rays),
+                    transient_input_backward=("copy", 192 * kept))
     if m.n_code:
         work.update(code_backward=("copy", 4 * (1 + m.n_code) * kept))
     return work
+
+
+def sampled_work(m, rays, coarse, fine):
+    """step_work() of the models that sample."""
+    n, net, rays, family = coarse + fine, m.nets[0], 2 * rays, MODELS[m.name]            # two levels
+    mlps = sum(2 * k.WIDTH * count_rows(mlp.n_in, mlp.n_hidden, mlp.n_out) for mlp in (net.density, net.color))
+    n_layers = sum(k.WIDTH * layer.n_out * (layer.n_x + k.WIDTH * layer.n_h) for layer in net.layers)
+    n_first = sum(k.WIDTH * layer.n_out * layer.n_x for layer in net.layers)             # have no gradient to hand on
+    return dict(
+        pick_pixels=("copy", 2 * rays), generate_rays=("copy", 60 * rays), count_even=("copy", 12 * rays),
+        sum_counts=("copy", 4 * rays), scan_blocks=("copy", 8 * rays // m.settings["block"]),
+        claim_spans=("copy", 12 * rays), sample_even=("copy", 20 * rays + 24 * coarse),
+        weigh_samples=("copy", 4 * rays + 12 * coarse),
+        sample_where_light_is=("copy", 24 * rays + 24 * coarse + 24 * fine),
+        **(dict(widen_weights=("copy", 4 * rays + 8 * coarse), weigh_loss=("copy", 16 * rays)) if family.cones else {}),
+        **{family.encoding + "_forward": ("copy", 4 * (3 + k.WIDTH) * n)}, layer_forward=("product", 2 * n_layers * n),
+        mlp_forward=("product", mlps * n), direction_input_forward=("copy", 4 * (17 + net.color.n_in) * n),
+        **{family.density + "_forward": ("copy", 8 * n), family.density + "_backward": ("copy", 136 * n)},
+        **{family.color + "_forward": ("copy", 24 * n), family.color + "_backward": ("copy", 36 * n)},
+        composite_forward=("copy", 48 * rays + 24 * n), loss_and_gradient=("copy", 48 * rays),
+        composite_backward=("copy", 40 * rays + 36 * n), mlp_backward_input=("product", mlps * n),
+        mlp_backward_weight=("product", mlps * n), relu_backward=("copy", 12 * k.WIDTH * n),
+        layer_backward_input=("product", 2 * (n_layers - n_first) * n),
+        layer_backward_weight=("product", 2 * n_layers * n),
+        sum_partials=("copy", 4 * net.n_weights * (n // m.settings["chunk"] + 4)),
+        adam_step=("copy", 28 * k.N_FEATURES * m.n_rows), load_weights=("copy", 12 * len(m.mlps) // 2 * mlps // 2),
+        load_layer=("copy", 12 * len(m.nets) * n_layers))
 
 
 def command_bench(args):
     """tinynerf.py bench: train for a while, then time every kernel of a step against what the machine can do."""
     scene = load_scene(args.scene, args.downscale)
     arch, device = start_taichi(args.arch)
-    m, on_device = make_model(scene, place_scene(scene), arch)
+    m, on_device = make_model(args.model, scene, place_scene(scene), arch)
     line, settings, refresh = {}, m.settings, m.settings["refresh"]
     train(m, on_device, 0, steps=args.steps, report=lambda **now: line.update(now))
-    pack_occupancy(m, line["step"], DARK_AFTER)      # as it is while training goes on
     rays = line["n_rays"]
 
     def step():
-        train_step(m, rays, on_device, 0, line["step"], FINAL_RATE)
+        MODELS[m.name].step(m, rays, on_device, 0, line["step"], FINAL_RATE)
         ti.sync()
 
     def update():
-        update_occupancy(m, min(settings["batch"], settings["grid"]**3), 0, 0, line["step"])
-        ti.sync()
+        if m.marches:
+            update_occupancy(m, min(settings["batch"], settings["grid"]**3), 0, 0, line["step"])
+            ti.sync()
+
+    if m.marches:
+        pack_occupancy(m, line["step"], DARK_AFTER)  # as it is while training goes on
 
     step_seconds, update_seconds = median_seconds(step, 31), median_seconds(update)
     marched, kept = int(m.march_counter.to_numpy()[0]), int(m.counter.to_numpy()[0])
@@ -1996,9 +2369,10 @@ def command_bench(args):
             step()
     seconds = {name: float(np.median(times)) for name, times in seconds.items()}
 
-    floors, work = measure_floors(m), step_work(m, rays, marched, kept)
-    print(f"{arch} ({device}), {args.scene} after {line['step']} steps: {rays} rays, {marched} samples marched, "
-          f"{kept} kept\nfloors, by NumPy on the CPU: product {floors['product'] / 1e9:.0f} GFLOP/s, copy "
+    floors, work = measure_floors(m), (step_work if m.marches else sampled_work)(m, rays, marched, kept)
+    first, second = ("marched", "kept") if m.marches else ("coarse", "fine")
+    print(f"{arch} ({device}), {args.scene} after {line['step']} steps: {rays} rays, {marched} samples {first}, "
+          f"{kept} {second}\nfloors, by NumPy on the CPU: product {floors['product'] / 1e9:.0f} GFLOP/s, copy "
           f"{floors['copy'] / 1e9:.1f} GB/s, gather {floors['gather'] / 1e9:.1f} GB/s\n\n"
           f"| kernel | ms | share | rate | floor, ms | ratio |\n|---|---|---|---|---|---|")
     total, floor_total = sum(seconds.values()), 0.0
@@ -2011,7 +2385,7 @@ def command_bench(args):
     print(f"\nstep {1e3 * step_seconds:.1f} ms ({1e3 * total:.1f} ms one kernel at a time), "
           f"{step_seconds / floor_total:.2f} times the sum of the floors, {1e3 * floor_total:.1f} ms\n"
           f"update of the occupancy grid {1e3 * update_seconds:.1f} ms, every {refresh} steps\n"
-          f"{rays / whole / 1e6:.3f} M rays/s, {marched / whole / 1e6:.2f} M samples/s marched, "
+          f"{rays / whole / 1e6:.3f} M rays/s, {marched / whole / 1e6:.2f} M samples/s {first}, "
           f"{kept / whole / 1e6:.2f} M samples/s forward and backward")
     _, width, height, lens = scene.test.size[0]
     times = [median_seconds(lambda: render_view(m, camera, width, height, lens), 3)
@@ -2101,6 +2475,8 @@ def command_export(args):
         m.initialize(0)
     else:
         m, _, cameras = load_model(args.run, "cpu", training=True)
+        if m.name != "ngp":
+            raise UserError(f"{args.run} is of --model {m.name}", "export knows ngp alone")
         filled = ["params", "level", "occupancy", "view_camera", "view_size"]            # of the first test view
         m.view_camera.from_numpy(to_cube(cameras["test"][:1], m.space).ravel())
         m.view_size.from_numpy(np.array([0, *cameras["test_size"][0, 1:]], np.int32))
@@ -2160,6 +2536,7 @@ def parse_args(argv):
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     parser_train = commands.add_parser("train", help="train on a scene and leave a run folder")
     parser_train.add_argument("scene", nargs="?", help="folder with transforms_train.json and images")
+    parser_train.add_argument("--model", choices=MODELS, help="which member of the family (default: ngp)")
     parser_train.add_argument("--resume", metavar="RUN", help="go on with a run that was interrupted or killed")
     parser_train.add_argument("--out", help="run folder (default: the next free runs/SCENE)")
     length = parser_train.add_mutually_exclusive_group()
@@ -2190,6 +2567,7 @@ def parse_args(argv):
     parser_mesh.add_argument("--resolution", type=resolution, default=256, metavar="N", help="cubes per side (256)")
     parser_bench = commands.add_parser("bench", help="time every kernel against what the machine can do")
     parser_bench.add_argument("scene", nargs="?", default="data/lego", help="folder of a scene (default: data/lego)")
+    parser_bench.add_argument("--model", choices=MODELS, default="ngp", help="of what (default: ngp)")
     parser_bench.add_argument("--steps", type=positive(int), default=600, help="train for so many steps first")
     parser_bench.add_argument("--downscale", type=positive(int), default=1, metavar="K", help="average KxK pixels")
     for command in commands.choices.values():
@@ -2201,12 +2579,12 @@ def parse_args(argv):
     parser_export.set_defaults(arch="vulkan")
     args = parser.parse_args(argv)
     if args.command == "train":
-        for name in ("out", "steps", "seconds", "downscale", "seed", "overwrite"):
+        for name in ("model", "out", "steps", "seconds", "downscale", "seed", "overwrite"):
             if args.resume and vars(args)[name] is not None:
                 parser_train.error(f"argument --{name}: not allowed with --resume, which goes on as the run began")
         if not args.resume and not args.scene:
             parser_train.error("the following arguments are required: scene")
-        args.downscale, args.seed = args.downscale or 1, args.seed or 0
+        args.model, args.downscale, args.seed = args.model or "ngp", args.downscale or 1, args.seed or 0
     if args.command == "export" and bool(args.run) == args.init:
         parser_export.error("a RUN is required" if not args.run else "argument --init: not allowed with a RUN")
     if args.arch is None and not vars(args).get("resume"):           # a run goes on where it began

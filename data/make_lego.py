@@ -4,6 +4,10 @@
 scenes are: RGBA PNGs (straight alpha, sRGB), per view a 4x4 camera-to-world matrix (OpenGL: the camera looks down -z,
 y up), world z up. All samples use one fixed pattern: no noise, the same images each time. Each image is reduced to its
 own 128 colours, some 41 dB from the full render, far below a NeRF's error, for under 6 MB. The scene's licence: MIT.
+
+`--multiscale` writes data/lego_multiscale instead: each view at 1, 1/2, 1/4 and 1/8 of its size, as mip-NeRF's scenes
+are. `--wild` writes data/lego_wild: training views of another exposure and tint each, and with striped boards in front,
+as NeRF in the Wild's are; the test views are clean.
 """
 import argparse
 import json
@@ -263,13 +267,34 @@ def render(prims: ti.template(), nodes: ti.template(), pose: mat4, image: ti.typ
         image[row, col] = vec4((total.xyz / max(total.w, 1)) ** (1 / 2.2), total.w / SAMPLES)
 
 
+def shrink(image, n):
+    """Mean of n x n pixels each, colours weighted by alpha."""
+    size = len(image) // n
+    parts = image.reshape(size, n, size, n, 4)
+    alpha = parts[..., 3:].mean((1, 3))
+    return np.append((parts[..., :3] * parts[..., 3:]).mean((1, 3)) / np.maximum(alpha, 1e-9), alpha, -1)
+
+
+def disturb(image, rng):
+    """Another exposure and tint, and one to three boards of ten stripes in front of it."""
+    image = image.copy()
+    image[..., :3] = np.clip(image[..., :3] * 2 ** rng.uniform(-0.8, 0.5) * rng.uniform(0.85, 1.15, 3), 0, 1)
+    for _ in range(rng.integers(1, 4)):
+        width, height = rng.integers(len(image) // 8, len(image) // 3, 2)
+        x, y = rng.integers(0, len(image) - width), rng.integers(0, len(image) - height)
+        stripes = np.repeat(rng.random((10, 3)), -(-width // 10), 0)[:width]
+        image[y:y + height, x:x + width] = np.append(stripes, np.ones((width, 1)), 1)
+    return image
+
+
 def write_png(path, image):
-    """Save (SIZE, SIZE, 4) floats in [0, 1] as RGBA in PALETTE colours, black where clear."""
+    """Save (size, size, 4) floats in [0, 1] as RGBA in PALETTE colours, black where clear."""
     pixels = np.round(image * 255).astype(np.uint8)
     rgb = Image.fromarray(pixels[..., :3]).quantize(PALETTE, kmeans=3, dither=Image.Dither.NONE)  # from a median cut
     pixels[..., :3] = np.asarray(rgb.convert("RGB")) * (pixels[..., 3:] > 0)
-    rows = np.pad(pixels.reshape(SIZE, -1), ((0, 0), (1, 0)))  # unfiltered (0): half the size of Pillow's filtered rows
-    png, header = b"\x89PNG\r\n\x1a\n", SIZE.to_bytes(4, "big") * 2 + bytes((8, 6, 0, 0, 0))  # 8 bits, RGBA
+    size = len(image)
+    rows = np.pad(pixels.reshape(size, -1), ((0, 0), (1, 0)))  # unfiltered (0): half the size of Pillow's filtered rows
+    png, header = b"\x89PNG\r\n\x1a\n", size.to_bytes(4, "big") * 2 + bytes((8, 6, 0, 0, 0))  # 8 bits, RGBA
     for chunk in (b"IHDR" + header, b"IDAT" + zlib.compress(rows.tobytes(), 9), b"IEND"):
         png += (len(chunk) - 4).to_bytes(4, "big") + chunk + zlib.crc32(chunk).to_bytes(4, "big")
     path.write_bytes(png)
@@ -278,8 +303,12 @@ def write_png(path, image):
 def main():
     """Render all views and write the folder: 100 from over the upper hemisphere to train on, 25 on a spiral to test."""
     parser = argparse.ArgumentParser(description="Render the brick-built scene of tinynerf.")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "lego")
-    out = parser.parse_args().out
+    parser.add_argument("--out", type=Path, help="folder (default: data/lego, data/lego_multiscale, data/lego_wild)")
+    kind = parser.add_mutually_exclusive_group()
+    kind.add_argument("--multiscale", action="store_true", help="each view at four sizes")
+    kind.add_argument("--wild", action="store_true", help="training views that differ, with boards in front")
+    args = parser.parse_args()
+    out = args.out or Path(__file__).parent / f"lego{'_multiscale' * args.multiscale}{'_wild' * args.wild}"
     ti.init(arch=ti.cpu)
     (prims, nodes), image = build(), np.empty((SIZE, SIZE, 4), np.float32)
     for split, angles in (("train", [(k * pi * (3 - sqrt(5)), asin(0.025 + 0.00976 * k)) for k in range(100)]),
@@ -290,8 +319,11 @@ def main():
             back, right = np.array((cos(a) * cos(e), sin(a) * cos(e), sin(e))), (-sin(a), cos(a), 0)
             pose = np.vstack([np.stack([right, np.cross(back, right), back, DISTANCE * back], 1), (0, 0, 0, 1)])
             render(prims, nodes, ti.Matrix(pose), image)
-            write_png(out / split / f"r_{k}.png", image)
-            scene["frames"].append({"file_path": f"./{split}/r_{k}", "transform_matrix": pose.tolist()})
+            shown = disturb(image, np.random.default_rng(k)) if args.wild and split == "train" else image
+            for n in (1, 2, 4, 8) if args.multiscale else (1,):
+                name = f"r_{k}" if n == 1 else f"r_{k}_{n}"
+                write_png(out / split / f"{name}.png", shrink(shown, n) if n > 1 else shown)
+                scene["frames"].append({"file_path": f"./{split}/{name}", "transform_matrix": pose.tolist()})
         (out / f"transforms_{split}.json").write_text(json.dumps(scene, indent=1))
 
 
