@@ -5,6 +5,7 @@
     python tinynerf.py render runs/lego       renders the model again
     python tinynerf.py eval runs/lego         measures it again
     python tinynerf.py bench                  times every kernel
+    python tinynerf.py train data/lego --model mipnerf       another member of the family: nerf, mipnerf, nerfw
 
 kernels.py holds everything that a port to another GPU language has to rewrite; this file is what it can keep: scenes,
 buffers, the list of launches (forward, backward), the training loop, rendering and the command line.
@@ -65,7 +66,7 @@ PLACE = 0.5                     # captures: radius of the ball that is not bent,
 NEAR = 0.1                      # captures: distance of the nearest sample in such radii
 GROWTH = 4.0                    # unbounded scenes: steps grow by GROWTH / (steps along the diagonal) of the distance
 DISTORTION = 0.03               # unbounded scenes: strength of the distortion loss
-TRANSIENT = 0.01                # nerfw: strength of the loss that keeps the transient part thin
+TRANSIENT = 0.1                 # nerfw: strength of the loss that keeps the transient part thin
 HOST_MB = 400                   # what Taichi, its compiler and pictures take besides buffers
 READ_EVERY = 16                 # steps between two looks of the host at the counters
 CHECKPOINT_SECONDS = 30         # between two checkpoints
