@@ -18,6 +18,7 @@ Rules that hold for the whole file:
   7. Indices are i32: n_levels * samples, views * pixels, 4 * slots of the table and 8 * rays stay below 2^31.
   8. It reads as Python: x & 1 == 1 is (x & 1) == 1, and a <= x < b both. Literals are f32; // and % meet no negative
      numbers. Compilers may contract products and sums, and reorder sums.
+Part II, at the end, holds stages of other models than instant-ngp; a reader may stop before it.
 Nothing here uses autodiff, 64-bit or 16-bit types, shared memory, subgroups, recursion or captured state.
 
 Index letters: r ray, v view, i sample, k step or sample along a ray, l level, j input and o output of a layer,
@@ -1715,7 +1716,8 @@ STREAM_COARSE, STREAM_FINE = 10, 11      # random numbers of the samples along a
 FREQUENCIES = 10                         # L of a position's encoding: 6 L numbers, 3 of the position and a 1 are 64
 DIRECTION_FREQUENCIES = 4                # L of a direction's: 6 L + 3 numbers
 MARGIN = 0.001                           # by which mip-NeRF's colors reach beyond [0, 1]
-BETA_MIN = 0.03                          # least uncertainty of a pixel of NeRF in the Wild
+BETA_MIN = 0.15                          # least uncertainty of a pixel of NeRF in the Wild
+THIN = 5.0                               # its transient part begins at a density of e^-5 per side of the box
 
 
 # ---- Sampling rays from end to end (NeRF, sections 4 and 5.2): no grid says where something may be. The coarse samples
@@ -2176,8 +2178,9 @@ def weigh_loss(n_rays: ti.i32, share: ti.f32, grad_pixel: f32buf):
 
 @ti.kernel
 def transient_head_forward(counter: i32buf, transient_raw: rows16, transient: f32buf):
-    """rgb = sigmoid(raw[:3]),  u = softplus(raw[3]),  b = softplus(raw[4]) = log(1 + exp(raw[4]))
+    """rgb = sigmoid(raw[:3]),  u = softplus(raw[3] - THIN),  b = softplus(raw[4]) = log(1 + exp(raw[4]))
 
+    The paper has no THIN: with it there is next to nothing transient at first, and the static part gets to learn.
     counter        [4]                     in
     transient_raw  [n_samples] rows of 16  in    output of the transient MLP: the first 5 entries
     transient      [n_samples, 5]          out
@@ -2187,7 +2190,7 @@ def transient_head_forward(counter: i32buf, transient_raw: rows16, transient: f3
         for c in ti.static(range(3)):
             transient[5 * i + c] = 1.0 / (1.0 + ti.exp(-transient_raw[i][c]))
         for c in ti.static(range(3, 5)):
-            x = transient_raw[i][c]
+            x = transient_raw[i][c] - (THIN if c == 3 else 0.0)
             transient[5 * i + c] = ti.max(x, 0.0) + ti.log(1.0 + ti.exp(-ti.abs(x)))
 
 
@@ -2307,7 +2310,8 @@ def uncertainty_forward(n_rays: ti.i32, ray_span: i32buf, sample: f32buf, transi
 
         beta = BETA_MIN + sum_k T'_k alpha'_k b_k        T'_{k+1} = T'_k exp(-u_k dt_k)
 
-    The paper adds the minimum to each b_k; then pixels without a transient part would have none.
+    The paper adds the minimum to each b_k; then pixels without a transient part would have none. Its minimum is 0.03:
+    with that, a run of a minute gives up all pixels that are hard at first, the subject's, for those of empty air.
     ray_span   [n_rays, 2]     in
     sample     [n_samples, 5]  in    [4] = dt
     transient  [n_samples, 5]  in    [3] = u, [4] = b

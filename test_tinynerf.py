@@ -1952,15 +1952,10 @@ def test_full_gradient_sampled(rng, monkeypatch, name):
     parts += [(f"MLP {i}", mlp.first, 64 * (mlp.n_in + mlp.n_out)) for i, mlp in enumerate(m.mlps)]
     assert sum(size for _, _, size in parts) == params.size
     for what, first, size in parts:
-        got, want, h = [], [], 2e-9                  # a larger one crosses the kinks of ReLUs
-        largest = np.argsort(-np.abs(grad[first:first + size]))[:1]
-        for d in (rng.normal(size=size), *(np.eye(1, size, entry)[0] for entry in largest)):
-            way = np.zeros(params.size)
-            way[first:first + size] = d
-            got.append((grad * way).sum())
-            want.append((model(params + h * way)[2] - model(params - h * way)[2]) / (2 * h))
-        assert_close(f"full gradient: {name}, {what}", got[:1], want[:1], 1e-4)
-        assert_close("  its largest entry", got[1:], want[1:], 1e-4)
+        way, h = np.zeros(params.size), 2e-9         # a larger h crosses the kinks of ReLUs
+        way[first:first + size] = rng.normal(size=size)
+        want = (model(params + h * way)[2] - model(params - h * way)[2]) / (2 * h)
+        assert_close(f"full gradient: {name}, {what}", [(grad * way).sum()], [want], 1e-4)
 
 
 def cone_model(sample, ray, camera):
@@ -2063,11 +2058,10 @@ def test_composite_both(rng):
     buffers = buf(span), buf(sample), buf(rgb_sigma), buf(transient)
     k.composite_both_forward(n, *buffers, pixel)
     k.composite_both_backward(n, *buffers, pixel, buf(g), grad, grad_transient)
-    for t_stop in (1.01 * k.T_STOP, 0.99 * k.T_STOP):    # no ray is within rounding of the stop
-        assert np.array_equal(both_model(*(span, sample, rgb_sigma, transient), t_stop),
-                              both_model(span, sample, rgb_sigma, transient))
-    assert_close("composite_both_forward", pixel.to_numpy().reshape(n, 4),
-                 both_model(span, sample, rgb_sigma, transient), 1e-5)
+    want = both_model(span, sample, rgb_sigma, transient)
+    for t_stop in (1.001 * k.T_STOP, 0.999 * k.T_STOP):      # no ray is within rounding of the stop
+        assert np.array_equal(both_model(span, sample, rgb_sigma, transient, t_stop), want)
+    assert_close("composite_both_forward", pixel.to_numpy().reshape(n, 4), want, 1e-5)
     want = numeric_gradient(lambda x: (g * both_model(span, sample, x, transient)).sum(), rgb_sigma)
     assert_close("composite_both_backward", grad.to_numpy().reshape(-1, 4), want, 1e-4)
     want = numeric_gradient(lambda x: (g * both_model(span, sample, rgb_sigma, x)).sum(), transient)
@@ -2104,7 +2098,7 @@ def test_uncertainty(rng):
 
 
 def transient_model(raw):
-    return np.hstack([sigmoid(raw[:, :3]), softplus(raw[:, 3:5])])
+    return np.hstack([sigmoid(raw[:, :3]), softplus(raw[:, 3:5] - [k.THIN, 0])])
 
 
 def test_transient_head(rng):
@@ -2133,6 +2127,7 @@ def test_full_gradient_wild(rng, coarse, monkeypatch):
                                        "hash_chunk": 1200 if ON_CPU else 7}, BOX, 2, 3)
     nets = m.density, m.color, m.transient_net
     W = [some_weights(rng, net.n_in, net.n_hidden, net.n_out) for net in nets]
+    W[2][2][3] *= 30                                 # its densities spread wide
     table, codes = uniform(rng, m.n_slots, F), uniform(rng, 2, 3, m.n_code)
     tensors = [("table", table), *((f"{name}, layer {l}", w) for name, part in zip(("density", "color", "transient"), W)
                                    for l, w in enumerate(part)), ("codes", codes)]
@@ -2170,10 +2165,11 @@ def test_full_gradient_wild(rng, coarse, monkeypatch):
     _, pixel, beta = model()
     assert_close("wild: pixel", m.pixel.to_numpy().reshape(-1, 4), pixel, 1e-4)
     assert_close("wild: beta", m.beta.to_numpy(), beta, 1e-4)
+    assert (beta > 2 * k.BETA_MIN).sum() > 5
     flat = m.grad_params.to_numpy().ravel().astype(np.float64)
     for name, x in tensors:
         grad, flat = flat[:x.size].reshape(x.shape), flat[x.size:]
-        largest, got, want, h = np.argmax(np.abs(grad)), [], [], 2e-9
+        largest, got, want, h = np.argmax(np.abs(grad)), [], [], 5e-8 if name == "codes" else 2e-9
         for d in (*rng.normal(size=(2,) + x.shape), np.eye(1, x.size, largest).reshape(x.shape)):
             old, values = x.copy(), []
             for step in (h, -h):
@@ -2243,7 +2239,8 @@ def test_family_commands(tiny, small_family, monkeypatch, capsys, name):
     assert "--model" in fails(capsys, "train", "scene", "--resume", "run", "--model", name)
 
 
-FAMILY_LOSSES = dict(nerf=[1, 1, 1, 1, 1], mipnerf=[1, 1, 1, 1, 1])
+FAMILY_LOSSES = dict(nerf=[0.066918, 0.060580, 0.037782, 0.050855, 0.082852],
+                     mipnerf=[0.063593, 0.061539, 0.048774, 0.043989, 0.072081])
 
 
 @pytest.mark.parametrize("name", FAMILY)

@@ -8,6 +8,7 @@
     python tinynerf.py mesh runs/lego         writes its surface as a triangle mesh
     python tinynerf.py bench                  times every kernel
     python tinynerf.py export runs/lego DIR   the model and its kernels for programs in other languages
+    python tinynerf.py train data/lego --model mipnerf       another member of the family: nerf, mipnerf, nerfw
 
 kernels.py holds everything that a port to another GPU language has to rewrite; this file is what it can keep: scenes,
 buffers, the list of launches (forward, backward), the training loop, rendering and the command line.
@@ -71,7 +72,7 @@ PLACE = 0.5                     # captures: radius of the ball that is not bent,
 NEAR = 0.1                      # captures: distance of the nearest sample in such radii
 GROWTH = 4.0                    # unbounded scenes: steps grow by GROWTH / (steps along the diagonal) of the distance
 DISTORTION = 0.03               # unbounded scenes: strength of the distortion loss
-TRANSIENT = 0.01                # nerfw: strength of the loss that keeps the transient part thin
+TRANSIENT = 0.1                 # nerfw: strength of the loss that keeps the transient part thin
 HOST_MB = 400                   # what Taichi, its compiler and pictures take besides buffers
 MESH_LENGTH = 0.01              # a mesh is where half of the light would be gone after so many sides of its cube
 SPECK = 0.01                    # parts of a mesh that have less than this share of the largest part's triangles go
