@@ -40,6 +40,7 @@ import tinynerf
 
 ARCH = os.environ.get("TINYNERF_ARCH", "cpu")
 ON_CPU = ARCH == "cpu"
+MACHINE = "cpu" if ON_CPU else "gpu"
 HERE = os.path.dirname(os.path.abspath(__file__))
 F = k.N_FEATURES
 
@@ -2057,14 +2058,17 @@ def test_full_gradient_wild(rng, coarse, monkeypatch):
 def small_family(monkeypatch):
     """Models of the smallest kind, as small as a renderer in software wants them."""
     for name in FAMILY:
-        small = dict(coarse=8, fine=8, blocks=1, batch=512)
-        monkeypatch.setattr(tinynerf.MODELS[name], "settings", dict(cpu=small, gpu=small))
+        monkeypatch.setattr(tinynerf.MODELS[name], "settings", {MACHINE: dict(coarse=8, fine=8, blocks=1, batch=512)})
 
 
 @pytest.mark.parametrize("name", [*FAMILY, "nerfw"])
 def test_family_commands(tiny, small_family, monkeypatch, capsys, name):
     """train --model, --resume, render, eval and bench do not work together for a model; a run that was interrupted ends
     other than one that was not; bench leaves out a kernel; or a file is taken for another model's."""
+    if name in FAMILY:                               # small: a renderer in software takes long
+        tinynerf.MODELS[name].settings[MACHINE].update(coarse=4, fine=4, march=512, batch=256)
+    shutil.rmtree("scene")
+    write_scene(tiny / "scene", n_train=8, size=12)
     launched, plain = set(), {kernel: f for kernel, f in vars(k).items() if hasattr(f, "_is_wrapped_kernel")}
 
     def noted(kernel):
@@ -2116,7 +2120,7 @@ FAMILY_LOSSES = dict(nerf=[0.066918, 0.060580, 0.037782, 0.050855, 0.082852],
 @pytest.mark.parametrize("name", FAMILY)
 def test_train_sampled(steady, small_family, monkeypatch, tmp_path, name):
     """A model that samples does not learn, or a saved one renders another picture than the one that was trained."""
-    m = tinynerf.MODELS[name].make({**TINY, **tinynerf.MODELS[name].settings["cpu"]}, BOX)
+    m = tinynerf.MODELS[name].make({**TINY, **tinynerf.MODELS[name].settings[MACHINE]}, BOX)
     losses, views = [], tinynerf.upload_views(m, sphere_views(12))
     total = tinynerf.train(m, views, 0, 150 if ON_CPU else 10, report=lambda **line: losses.append(line["loss"]))
     test = sphere_views(2, size=32, phase=1.0)
