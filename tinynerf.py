@@ -2069,25 +2069,29 @@ class Window:
         _, target, _, self.up, _ = camera_frame(cameras)
         self.at, self.target = self.start = self.camera[3:12:4].astype(np.float64), target
         self.mode, self.help, self.note, self.wanted = "c", True, "", False      # wanted: the picture, in a file
-        self.image, self.cursor = np.ones((size[1], size[0], 3), np.float32), None           # where the mouse drags
-        self.scale, self.coarse = 0, 8               # pixels a ray: of the picture, 0 if there is none; while it moves
+        self.image, self.shown = np.ones((size[1], size[0], 3), np.float32), None            # shown: with the help
+        self.scale, self.coarse = 0, 16              # pixels a ray: of the picture, 0 if there is none; while it moves
+        self.cursor = None                           # where the mouse drags
         self.seconds = {"moving": [], "still": []}   # that pictures took
 
     def poll(self):
         """Show what there is, and do what mouse and keys ask for; whether that asks for another picture, or none."""
         if not self.gui.running:
             return True
-        image, lines, (width, height) = self.image, KEYS if self.help else (), self.size
-        if self.help:
-            image = image.copy()
-            image[-22 * len(lines) - 16:, :330] *= 0.25
-        self.gui.set_image(np.swapaxes(image[::-1], 0, 1))
+        lines, (width, height) = KEYS if self.help else (), self.size
+        if self.shown is None:                       # as Taichi wants it: by columns, from below, with a fourth channel
+            self.shown = np.zeros((width, height, 4), np.float32)
+            self.shown[..., :3] = np.swapaxes(self.image[::-1], 0, 1)
+            self.shown[:330, :22 * len(lines) + 16 * self.help, :3] *= 0.25
+        self.gui.set_image(self.shown)
         for i, line in enumerate(reversed(lines)):
             self.gui.text(line, (10 / width, (22 * i + 28) / height), 18, 0xffffff)
         self.gui.text(self.note, (10 / width, 1.0 - 6 / height), 18, 0x808080)
         self.gui.show()
         if any([self.handle(event) for event in self.gui.get_events()]):
             self.scale = 0
+        if self.wanted and self.scale == 1:
+            self.save()
         return self.scale == 0 or not self.gui.running
 
     def handle(self, event):
@@ -2120,9 +2124,9 @@ class Window:
             elif key == "r":
                 (self.at, self.target), changed = self.start, True
             elif key == "h":
-                self.help = not self.help
+                self.help, self.shown = not self.help, None
             elif key == "s":
-                self.wanted, changed = True, True
+                self.wanted = True
         if zoom != 1.0 or np.any(shift):
             self.target, changed = self.target + shift, True
             self.at = self.target + zoom * away
@@ -2164,14 +2168,12 @@ class Window:
             depth = np.concatenate(depth)
             image = np.repeat(depth_image(depth, *depth_range(depth))[:, None] / np.float32(255), 3, 1)
         image = image.reshape(small[1], small[0], 3)
-        self.image = image.repeat(scale, 0).repeat(scale, 1)[:height, :width].astype(np.float32)
+        self.image, self.shown = image.repeat(scale, 0).repeat(scale, 1)[:height, :width].astype(np.float32), None
         seconds = time.perf_counter() - start
         self.seconds["moving" if moving else "still"].append(seconds)
         self.scale = scale
         if moving and not 0.025 < seconds < 0.07:
             self.coarse = max(1, self.coarse // 2) if seconds < 0.05 else min(2 * self.coarse, 32)
-        if self.wanted and scale == 1:
-            self.save()
 
     def run(self):
         """Until the window is closed; then say how quick it was."""
