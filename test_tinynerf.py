@@ -3260,35 +3260,51 @@ PORT_KIT = """
     python test_tinynerf.py golden FILE.npz            golden vectors: what every kernel gets and makes, on the CPU
     python test_tinynerf.py replay FILE.npz PORT.npz   an example of a port: our own kernels, on TINYNERF_ARCH
     python test_tinynerf.py check FILE.npz PORT        is a port right? exit code 0, or 1 if a kernel is wrong, or 2 if
-                                                       something cannot be compared; --untouched: see below
+                                                       something cannot be compared; --kernel NAME: that one alone;
+                                                       --untouched: see below
 
 FILE.npz is a zip file of .npy files, each a header (128 bytes) and then a flat array of little-endian 4-byte numbers;
 NumPy is not needed to read it.
     manifest.npy       UTF-8 bytes of a JSON object (the only array of bytes)
     data/<hash>.npy    a buffer before or after a launch, f32, i32 or u32
     training/*.npy     pixels, size and camera of 12 views (see load_scene: world units), the same of 2 to test with,
-                       and losses and n_rays of each step of a training run on them
-The manifest has `cases`, in the order of kernels.py, and `training`. A case is one launch of one kernel:
+                       and what belongs to a training run on them, see below
+The manifest has `cases`, in the order of kernels.py, `workgroup`, the size of a workgroup that the counts of threads
+are meant to try, and `training`. A case is one launch of one kernel:
     case        its name, unique for each kernel: box and space are training steps of a bounded and an unbounded scene,
-                view is a picture, extra are launches with what does not occur there; -2 is a second launch
+                view is a picture, extra are launches with what does not occur there; -2 is a second launch. In
+                extra cases no rounding decides: all entries have to be right
     kernel      its name in kernels.py
-    threads     turns of its loop, `workgroup` the size assumed: threads beyond the last turn have to return
+    threads     turns of its loop: threads beyond the last turn have to return
     arguments   in the order of the signature, each with a name and a role: what its docstring says, and what was seen:
         scalar    dtype, value
-        in        dtype, shape (row-major, what is stored is flat), before: name of the array
+        in        dtype, shape (row-major, what is stored is flat), before: name of the array. Entries beyond what
+                  the docstring says, such as samples beyond counter[0], hold arbitrary numbers; those of the weights'
+                  wide rows that belong to no input and no output are 0
         out       fill: the number that every entry has before; after: name of the array. Entries that the kernel does
                   not write still have it there: these do not count (with --untouched, they must be left alone)
         in-out    before and after; all entries count; the launch may change a few, or none
       atomic      of some: the operation that several threads do on an entry
-      row         of out and in-out, [c, w]: the array is made of rows of c different things, each w numbers
-      tolerance   largest error, relative to the largest entry that this thing has in any row; 0 for integers
+      row         of out and in-out, [c, w]: the array is made of rows of c different things, each w numbers: a sample,
+                  shape [640, 5], has [5, 1], its position, t and dt, and a feature, shape [640, 64], has [1, 64]
+      tolerance   largest error, relative to the entry or, where that is larger, to the number that 95 % of this thing's
+                  numbers, those that are not 0, do not exceed; 0 for integers
       may_differ  entries that may be further off: more than 0 where a rounding decides which way a kernel goes
 PORT is an .npz file with an array <case>/<kernel>/<argument> for each out and in-out argument, flat, of the same dtype
 and size as `after`; or a folder with such files, <case>/<kernel>/<argument>.bin, raw little-endian numbers.
-A port is fed from FILE.npz for each launch: its errors do not add up. When all kernels pass, it can train: with the
-manifest's `training` (settings and constants as in tinynerf.py) and on training/*, it may put its own losses and the
-PSNR of the test views (one f32) into training/losses and training/psnr, which are then compared: the first n losses
-within a relative tolerance, for each [n, tolerance], and the PSNR with a band.
+A port is fed from FILE.npz for each launch: its errors do not add up. `check` says of each kernel how many outputs it
+has, the largest error, and how many entries differ of those that may. When all kernels pass, it can train; in the
+manifest's `training` there are
+    buffers     by name: [dtype, rows, numbers in a row, what it holds at first: a number, or the name of an array]
+    launches    from the first to the end of the second step: [kernel, threads, argument, ...], a number or the name
+                of a buffer each. A step is from pick_pixels to adam_step and load_weights; then, from place_cell_samples to
+                pack_blocks, a part of the occupancy grid is looked at anew
+    and in training/*: n_rays and rates of each step (pick_pixels' n_rays, and so on; adam_step's learning_rate), and
+    cells [n, 2], of each look at the occupancy grid: step (it comes after so many steps) and first
+Nothing else changes from step to step but `step` itself (of a look: the steps that are done). The loss is the sum of
+`loss` divided by counter[1], at least 1, of the march. A port may put its losses, of the 100 steps, into
+training/losses, and the PSNR of the test views (one f32; render_view and evaluate in tinynerf.py) into training/psnr:
+they are compared, the first n losses within a relative tolerance, for each [n, tolerance], and the PSNR with a band.
 """
 WORKGROUP = 64
 FILLS = [dict(f=-77.0, i=-77, u=2**32 - 77), dict(f=55.0, i=55, u=55)]       # of `out` buffers before a launch
@@ -3443,22 +3459,23 @@ def golden_lenses(rng, scene):
     width, height = 40, 30
     size = sizes(*[(width, height, lens) for lens in (0, 0, 0, 0, 1, 1, 1)])
     camera = np.array([look_at([1.6, 0.9, 0.8], [0.5, 0.5, 0.5], 18, width, height)] * 7)
-    camera[1:6, 16:] = [[-0.3, 0, 0, 0, 0, 0], [-0.9, 0.35, -0.02, 0, 0.02, 0], [-0.3, 0, 0, 0, 0.3, 0.2],
+    camera[1:6, 16:] = [[-0.3, 0, 0, 0, 0, 0], [0.1, 0.24, -0.08, 0, 0.04, 0.09], [-0.3, 0, 0, 0, 0.3, 0.2],
                         [-0.2, 0, 0, 0, 0, 0], [0.1, -0.12, 0.02, 0, 0, 0]]
     camera[0] = [1, 0, 0, 0.52, 0, 1, 0, 0.27, 0, 0, 1, 2.0, 18, 18, 20.5, 15.5] + 6 * [0]
     camera[2, 13] = 6
     camera[4:, 12:14] = 5                            # theta goes beyond pi
-    camera[[3, 5, 6], 3:12:4] = [0.4, 0.55, 0.6]     # inside
+    camera[[2, 3, 5, 6], 3:12:4] = [0.4, 0.55, 0.6]     # inside
     view = np.repeat(np.arange(7), width * height)
 
     def rays(camera):
         ray = make_rays(size, camera, 0.05, 0.01)[0]
-        return np.where(ray[:, 3:4] > ray[:, 7:8], ray.round(3) * [0, 0, 0, 0, 1, 1, 1, 0], ray)   # a miss is a miss
+        return np.where(ray[:, 3:4] > ray[:, 7:8], ray * [0, 0, 0, 0, 1, 1, 1, 0], ray)            # a miss is a miss
     stays = firm(rng, rays, camera)
-    dead = (rays(camera)[:, 4:7] == 0).all(1)
+    dead, inside = (rays(camera)[:, 4:7] == 0).all(1), np.isin(view, [2, 3, 5, 6])
     middle = (view == 0) & (np.arange(len(view)) % width == 20)
+    groups = (dead & inside, 80), (dead & ~inside, 8), (middle, 15), (~dead & ~middle, 180)
     chosen = np.sort(np.concatenate([rng.choice(np.intersect1d(stays, np.flatnonzero(some)), n, replace=False)
-                                     for some, n in ((dead, 90), (middle, 15), (~dead & ~middle, 180))]))
+                                     for some, n in groups]))
     scene("extra")
     n = len(chosen)
     k.generate_rays(n, 0, 0.05, 0.01, 0, 0, 0, buf(chosen), buf(view[chosen]), buf(size), buf(camera),
@@ -3519,7 +3536,7 @@ def golden_rendering(rng, scene):
     k.composite_backward(n, span, sample, rgb_sigma, pixel, grad_pixel, grad_rgb_sigma)
     k.composite_forward(n, span, sample, rgb_sigma, pixel, buf(uniform(rng, n, low=0)))
     k.distortion_forward(n, span, sample, rgb_sigma, buf(np.zeros(3 * n)))
-    k.distortion_backward(n, 0.5, counter, span, sample, rgb_sigma, buf(uniform(rng, 3 * n, low=0)), grad_rgb_sigma)
+    k.distortion_backward(n, 500.0, counter, span, sample, rgb_sigma, buf(uniform(rng, 3 * n, low=0)), grad_rgb_sigma)
 
 
 def golden_grid(rng):
@@ -3864,6 +3881,34 @@ def test_port(golden_files, tmp_path, capsys):
     assert check(golden_files.path, str(tmp_path)) == 0
 
 
+def test_golden_training(golden_files):
+    """Who knows the kernels and what is said of the training run alone cannot repeat its first steps; or the cases that
+    no rounding may decide are decided by one."""
+    training, arrays, losses = golden_files.manifest["training"], golden_files.arrays, []
+    buffers = {}
+    for name, (dtype, n, width, value) in training["buffers"].items():
+        x = arrays[value] if isinstance(value, str) else np.full(n * width, value, KINDS[dtype])
+        buffers[name] = rows(x.reshape(n, width), width) if width > 1 else buf(x)
+        assert x.size == n * width and x.dtype == KINDS[dtype]
+    for name, threads, *arguments in training["launches"]:
+        values = {a: buffers.get(x, x) for a, x in zip(inspect.signature(KERNELS[name]).parameters, arguments)}
+        counter = {a: x.to_numpy() for a, x in values.items() if "counter" in a}
+        # Where a rounding keeps a sample or not, there is a thread more or less
+        assert abs(count_threads(KERNELS[name], {**values, **counter}) - threads) <= (0 if ON_CPU else 0.02 * threads)
+        if name == "pick_pixels":
+            assert values["n_rays"] == arrays["training/n_rays"][values["step"]]
+        if name == "adam_step":
+            assert np.float32(values["learning_rate"]) == arrays["training/rates"][len(losses) - 1]
+        KERNELS[name](*values.values())
+        if name == "loss_and_gradient":
+            losses.append(values["loss"].to_numpy()[:values["n_rays"]].sum() / counter["counter"][1])
+    assert len(losses) == 2
+    assert_close("losses", losses, arrays["training/losses"][:2], 1e-6 if ON_CPU else 1e-4)
+    cells = arrays["training/cells"].reshape(-1, 2)
+    assert np.array_equal(cells[:3], [[1, 0], [2, 1024], [3, 2048]]) and len(cells) > 50
+    assert len(arrays["training/rates"]) == len(arrays["training/n_rays"]) == training["steps"]
+
+
 def changed_kernels(tmp_path, name, old, new):
     """kernels.py with another text in it, as a module."""
     with open(os.path.join(HERE, "kernels.py"), encoding="utf-8") as file:
@@ -4019,6 +4064,8 @@ def test_check_mistakes(golden_files, tmp_path, capsys):
     here, far = np.float32([golden_files.manifest["training"]["psnr_here"]]), np.float32([15.0])
     says(0, f"{'training':52s}pass", **{"training/losses": losses, "training/psnr": here})
     says(1, "PSNR is 15.00 dB", **{"training/losses": losses, "training/psnr": far})
+    says(0, "pass", **{"training/losses": losses})
+    says(2, "training/losses is float32 [99]", **{"training/losses": losses[1:]})
     says(1, "loss 9 is", **{"training/losses": losses * (1 + 0.002 * (np.arange(100) == 9)), "training/psnr": here})
     with open(path, "rb") as file:
         whole = file.read()
@@ -4031,8 +4078,18 @@ def test_check_mistakes(golden_files, tmp_path, capsys):
     assert check(golden_files.path, str(tmp_path / "nothing.npz")) == 2
     assert main(["check", golden_files.path, str(tmp_path)]) == 2            # a folder with nothing in it
     assert f"of {len(KERNELS)} kernels nothing is there: fill_uniform, pick_pixels" in capsys.readouterr().out
+    np.savez(path, **{key: x for key, x in golden_files.outputs.items() if "/composite_forward/" in key})
+    assert main(["check", golden_files.path, path]) == 2
+    assert f"of {len(KERNELS) - 1} kernels nothing is there: fill_uniform, pick_pixels" in capsys.readouterr().out
+    assert main(["check", golden_files.path, path, "--kernel", "composite_forward"]) == 0
+    out = capsys.readouterr().out
+    assert len(out.splitlines()) == 3 and re.search(r"^composite_forward +10 +0.0e\+00 +pass$", out, re.M), out
+    assert main(["check", golden_files.path, path, "--kernel", "composite_backward"]) == 2
+    assert "of 1 kernels nothing is there: composite_backward" in capsys.readouterr().out
+    assert main(["check", golden_files.path, path, "--kernel", "compose"]) == 2
+    assert "has no kernel compose" in capsys.readouterr().out
     assert main([]) == main(["golden"]) == main(["paint", path]) == 2
-    assert "is missing" in capsys.readouterr().out
+    assert "python test_tinynerf.py golden" in capsys.readouterr().out
 
 
 # ---- Export ---------------------------------------------------------------------------------------------------------
