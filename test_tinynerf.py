@@ -3882,8 +3882,7 @@ def test_port(golden_files, tmp_path, capsys):
 
 
 def test_golden_training(golden_files):
-    """Who knows the kernels and what is said of the training run alone cannot repeat its first steps; or the cases that
-    no rounding may decide are decided by one."""
+    """Who has the kernels, and of the training run what golden vectors say, cannot repeat its first steps."""
     training, arrays, losses = golden_files.manifest["training"], golden_files.arrays, []
     buffers = {}
     for name, (dtype, n, width, value) in training["buffers"].items():
