@@ -3279,8 +3279,8 @@ are meant to try, and `training`. A case is one launch of one kernel:
     arguments   in the order of the signature, each with a name and a role: what its docstring says, and what was seen:
         scalar    dtype, value
         in        dtype, shape (row-major, what is stored is flat), before: name of the array. Entries beyond what
-                  the docstring says, such as samples beyond counter[0], hold arbitrary numbers; those of the weights'
-                  wide rows that belong to no input and no output are 0
+                  the docstring says, such as samples beyond counter[0], hold arbitrary numbers; but
+                  for extra cases, what in the weights' wide rows belongs to no input or output is 0
         out       fill: the number that every entry has before; after: name of the array. Entries that the kernel does
                   not write still have it there: these do not count (with --untouched, they must be left alone)
         in-out    before and after; all entries count; the launch may change a few, or none
@@ -3297,8 +3297,8 @@ has, the largest error, and how many entries differ of those that may. When all 
 manifest's `training` there are
     buffers     by name: [dtype, rows, numbers in a row, what it holds at first: a number, or the name of an array]
     launches    from the first to the end of the second step: [kernel, threads, argument, ...], a number or the name
-                of a buffer each. A step is from pick_pixels to adam_step and load_weights; then, from place_cell_samples to
-                pack_blocks, a part of the occupancy grid is looked at anew
+                of a buffer each. A step is from pick_pixels to adam_step and load_weights; then, from
+                place_cell_samples to pack_blocks, a part of the occupancy grid is looked at anew
     and in training/*: n_rays and rates of each step (pick_pixels' n_rays, and so on; adam_step's learning_rate), and
     cells [n, 2], of each look at the occupancy grid: step (it comes after so many steps) and first
 Nothing else changes from step to step but `step` itself (of a look: the steps that are done). The loss is the sum of
