@@ -1617,15 +1617,16 @@ FIRST_LOSSES = [0.061254, 0.065451, 0.053596, 0.053564, 0.068504, 0.055620, 0.06
 def test_train_tiny(steady, monkeypatch, tmp_path):
     """Training is not what it was, does not reach its quality, or reaches one that cannot be true; or a saved model
     renders another picture than the one that was trained."""
-    m, losses, total = train_sphere(0, 250)
+    steps, quality, samples = (250, (20, 24), (160000, 225000)) if ON_CPU else (100, (16, 20.5), (80000, 108000))
+    m, losses, total = train_sphere(0, steps)        # fewer in software; other seeds: 17.2 and 18.7 dB
     print("first losses:", ", ".join(f"{loss:.6f}" for loss in losses[:10]))
-    assert total["steps"] == len(losses) == 250
+    assert total["steps"] == len(losses) == steps
     assert_close("first losses", losses[:10] / FIRST_LOSSES, np.ones(10), 1e-3 if ON_CPU else 5e-3)
     test = sphere_views(2, phase=1.0)
     metrics = tinynerf.evaluate(m, test)
     print(f"psnr {metrics['psnr']:.2f} dB, ssim {metrics['ssim']:.4f}, {total['samples']} samples")
-    assert 20 < metrics["psnr"] < 24               # all white: 13; it cannot know the test views' pixels better
-    assert 160000 < total["samples"] < 225000        # 240000 if none were left out
+    assert quality[0] < metrics["psnr"] < quality[1]         # all white: 13; it cannot know the test views' pixels
+    assert samples[0] < total["samples"] < samples[1]        # 240000 in 250 steps if none were left out
 
     check_saved(m, test, monkeypatch, tmp_path)
 
@@ -1650,13 +1651,13 @@ def check_saved(m, views, monkeypatch, tmp_path):
 def test_train_capture(steady, monkeypatch, tmp_path):
     """Training on photos does not reach its quality, or one that cannot be true; codes do not take up what differs
     between exposures; or measuring that changes the model."""
-    m, losses, total = train_capture(0, 150)
+    m, losses, total = train_capture(0, 60)
     test = sphere_views(2, phase=1.0, exposures=[0.5, 1.0])
     before = m.params.to_numpy()
-    metrics, fitted = tinynerf.evaluate(m, test), tinynerf.evaluate_fitted(m, test)
+    metrics, fitted = tinynerf.evaluate(m, test), tinynerf.evaluate_fitted(m, test, 20, 128)
     print(f"psnr {metrics['psnr']:.2f} dB, fitted {fitted:.2f} dB, {total['samples']} samples, {total['rays']} rays, "
           f"loss {losses[:10].mean():.4f} to {losses[-10:].mean():.4f}")
-    assert 12 < metrics["psnr"] < 14 and 16 < fitted < 20        # a picture between the exposures is wrong for both
+    assert 12 < metrics["psnr"] < 14 and 15 < fitted < 20        # a picture between the exposures is wrong for both
     codes = before.ravel()[m.first_code:].reshape(25, 8)
     assert (codes != 0).all()                        # the neutral one has been learned, too
     assert np.array_equal(m.params.to_numpy(), before)
@@ -1666,7 +1667,7 @@ def test_train_capture(steady, monkeypatch, tmp_path):
 @pytest.mark.parametrize("train", [train_sphere, train_capture])
 def test_repeat(steady, train):
     """Two runs of one seed differ, or two seeds do not."""
-    (a, loss_a, _), (b, loss_b, _), (c, loss_c, _) = (train(seed, 20) for seed in (0, 0, 1))
+    (a, loss_a, _), (b, loss_b, _), (c, loss_c, _) = (train(seed, 20 if ON_CPU else 8) for seed in (0, 0, 1))
     assert np.abs(loss_c - loss_a).max() > 1e-3 and np.abs(a.params.to_numpy() - c.params.to_numpy()).max() > 0.01
     if ON_CPU:
         for name in ("params", "moment", "occupancy", "density_grid"):
