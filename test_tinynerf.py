@@ -2952,7 +2952,7 @@ def test_window(rng, monkeypatch, tmp_path, capsys):
     m.occupancy.from_numpy(occupancy_model(np.ones(16**3, bool)))
     cameras = np.array([look_at([4 * math.cos(t), 4 * math.sin(t), 1.5], [0, 0, 0], 40, 32, 24)
                         for t in range(6)], np.float32)
-    window = tinynerf.Window(m, cameras, (64, 48), (32, 24), str(tmp_path))
+    window = tinynerf.Window(m, cameras, (32, 24), (32, 24), str(tmp_path))
     event, away = Gui.event, window.at - window.target
     window.coarse = 32
 
@@ -2965,7 +2965,7 @@ def test_window(rng, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(Gui, "script", [[] for _ in range(99)])
     while window.scale > 1:
         window.draw()
-    want, depth = tinynerf.render_view(m, window.camera, 64, 48)
+    want, depth = tinynerf.render_view(m, window.camera, 32, 24)
     assert_close("the fine picture", window.image, want, 1e-5)
     assert len(window.seconds["moving"]) == 1 and len(window.seconds["still"]) == 5
     assert not do() and window.scale == 1
@@ -2986,7 +2986,7 @@ def test_window(rng, monkeypatch, tmp_path, capsys):
     do(event(Gui.RMB), event(Gui.MOVE, Gui.MOTION, (0.6, 0.5)), event(Gui.RMB, Gui.RELEASE))
     assert np.allclose(window.at - window.target, away)
     shift = window.target - window.start[1]          # what was in the middle is where the mouse is, 0.1 to the right
-    assert np.allclose(shift, -0.1 * 64 / window.camera[12] * np.linalg.norm(away) * right, atol=1e-5)
+    assert np.allclose(shift, -0.1 * 32 / window.camera[12] * np.linalg.norm(away) * right, atol=1e-5)
     do(event("r"), event(Gui.UP), event("+"), event(Gui.WHEEL, Gui.MOTION, delta=(0, 120)))
     assert np.linalg.norm(window.at - window.target) == pytest.approx(0.81 * np.linalg.norm(away))
     assert (window.target - window.start[1]) @ window.up > 0.03 * np.linalg.norm(away)
@@ -3001,7 +3001,7 @@ def test_window(rng, monkeypatch, tmp_path, capsys):
     window.coarse = 1
     window.draw()
     assert window.scale == 1 and not do(event("s"))
-    samples = tinynerf.render_view(m, window.camera, 64, 48)[1]
+    samples = tinynerf.render_view(m, window.camera, 32, 24)[1]
     assert np.corrcoef(np.isfinite(samples).ravel(), window.image[..., 0].ravel() > 0)[0, 1] > 0.1
     assert np.array_equal(imageio.imread(tmp_path / "view_000.png"), tinynerf.to_bytes(window.image))
 
@@ -3024,10 +3024,10 @@ def test_view_trains(tmp_path, monkeypatch, capsys):
     shown = []
     monkeypatch.setattr(Gui, "shown", shown)
     monkeypatch.setattr(Gui, "text", lambda self, text, *_: shown.append(text) if "step" in text else None)
-    monkeypatch.setattr(Gui, "script", [[] for _ in range(40)])
+    monkeypatch.setattr(Gui, "script", [[] for _ in range(20)])
     assert tinynerf.main(["view", "photos", "--size", "24x18", "--arch", ARCH]) == 0
     steps = [int(text.split()[1]) for text in shown if isinstance(text, str)]
-    assert steps[0] == 1 and 20 < steps[-1] <= 30 and len(os.listdir()) == 1
+    assert steps[0] == 1 and 5 < steps[-1] < 30 and len(os.listdir()) == 1
 
 
 # ---- Portability ----------------------------------------------------------------------------------------------------
@@ -3339,17 +3339,17 @@ def test_resume(tiny, monkeypatch, capsys, kind):
         save_arrays(path, info, **arrays)
     monkeypatch.setattr(tinynerf, "save_arrays", save)
     monkeypatch.setattr(tinynerf, "evaluate_fitted", lambda m, views: 0.0)                   # which takes long
-    assert command("train", "scene", "--out", "whole", "--seed", 3, "--steps", 48) == 0
+    assert command("train", "scene", "--out", "whole", "--seed", 3, "--steps", 24) == 0
     with monkeypatch.context() as patch:
         in_step(patch, 5, lambda m: signal.raise_signal(signal.SIGINT))
-        assert command("train", "scene", "--out", "run", "--seed", 3, "--steps", 48) == 0
+        assert command("train", "scene", "--out", "run", "--seed", 3, "--steps", 24) == 0
     assert "interrupted at step 8" in capsys.readouterr().out                # it ends where the host looks next
     assert {"model.npz", "checkpoint.npz", "metrics.json", "log.csv", "compare.png"} <= set(os.listdir("run"))
     assert json.loads((tiny / "run" / "metrics.json").read_text())["steps"] == 8
     assert command("render", "run", "--frames", 1, "--out", "frames") == 0
     os.rename("scene", "moved")
     with monkeypatch.context() as patch:
-        in_step(patch, 20, lambda m: signal.raise_signal(signal.SIGINT))
+        in_step(patch, 5, lambda m: signal.raise_signal(signal.SIGINT))
         patch.setattr(tinynerf, "WATCH_SECONDS", 0)  # which leaves no trace
         assert command("train", "moved", "--resume", "run", "--watch") == 0
     assert imageio.imread("run/live.png").std() > 1
@@ -3358,7 +3358,7 @@ def test_resume(tiny, monkeypatch, capsys, kind):
     assert tinynerf.main(["train", "--resume", "run"]) == 0                  # on the arch where it began
     assert not os.path.exists("run/checkpoint.npz")
 
-    assert [step for step, _ in saved] == [1, 48, None, 1, 8, None, 32, None, 48, None]
+    assert [step for step, _ in saved] == [1, 24, None, 1, 8, None, 16, None, 24, None]
     runs = ("whole", "run")
     log = {run: [row.split(",") for row in (tiny / run / "log.csv").read_text().splitlines()] for run in runs}
     metrics = {run: json.loads((tiny / run / "metrics.json").read_text()) for run in runs}
