@@ -3782,6 +3782,7 @@ def test_commands(tmp_path, monkeypatch, capsys, recwarn):
     monkeypatch.setattr(tinynerf, "MACHINES", {"cpu": TINY, "gpu": TINY})
     fitted = tinynerf.evaluate_fitted                # with its 50 steps a view it takes long in software
     monkeypatch.setattr(tinynerf, "evaluate_fitted", lambda m, views: fitted(m, views, 2, 64))
+    monkeypatch.setattr(tinynerf, "REPEATS", 3)
     write_scene(tmp_path / "sphere", n_train=8, size=24)
     for run, steps, options in (("my/run", "1", ["--out", "my/run"]), ("runs/sphere", "1", []),
                                 ("runs/sphere-2", "1", []),

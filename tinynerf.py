@@ -79,6 +79,7 @@ SPECK = 0.01                    # parts of a mesh that have less than this share
 READ_EVERY = 16                 # steps between two looks of the host at the counters
 CHECKPOINT_SECONDS = 30         # between two checkpoints
 WATCH_SECONDS = 5               # between two pictures of train --watch
+REPEATS = 31                    # of a step, for bench
 
 # What depends on the machine. march: most samples in flight; batch: samples that a step aims to keep of them, after the
 # probe; rays: most rays in flight; coarsest, finest: cells per side of the first and the last level of the hash grid
@@ -2352,7 +2353,7 @@ def command_bench(args):
     if m.marches:
         pack_occupancy(m, line["step"], DARK_AFTER)  # as it is while training goes on
 
-    step_seconds, update_seconds = median_seconds(step, 31), median_seconds(update)
+    step_seconds, update_seconds = median_seconds(step, REPEATS), median_seconds(update)
     marched, kept = int(m.march_counter.to_numpy()[0]), int(m.counter.to_numpy()[0])
     seconds = {}
 
@@ -2366,7 +2367,7 @@ def command_bench(args):
         return launch
 
     with wrapped_kernels(timed):
-        for _ in range(31):
+        for _ in range(REPEATS):
             for times in seconds.values():
                 times.append(0.0)
             step()
