@@ -3444,6 +3444,7 @@ def test_strangers(tiny, rng, monkeypatch, capsys):
     monkeypatch.setattr(tinynerf, "start_taichi", lambda arch: (ARCH, "the device that was found"))
     monkeypatch.setattr(tinynerf, "measure", lambda m, views, out: dict.fromkeys(METRICS, 0.0))
     monkeypatch.setattr(tinynerf, "write_frames", lambda path, frames, n_frames: str(sum(map(len, frames))))
+    monkeypatch.setattr(tinynerf, "draw_history", lambda path, log_path: None)
     if not ON_CPU:                                   # files are read on the host, and a renderer in software takes long
         total = dict.fromkeys("steps complete train_seconds compile_seconds samples rays rays_dropped".split(), 1)
         monkeypatch.setattr(tinynerf, "train", lambda *arguments, **options: total)
