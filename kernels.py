@@ -1713,11 +1713,15 @@ def load_vertices(n: ti.i32, first: ti.i32, vertex: f32buf, sample: f32buf, ray:
 # =====================================================================================================================
 
 STREAM_COARSE, STREAM_FINE = 10, 11      # random numbers of the samples along a ray
+STREAM_MOMENT, STREAM_POINT, STREAM_ELASTIC = 12, 13, 14
 FREQUENCIES = 10                         # L of a position's encoding: 6 L numbers, 3 of the position and a 1 are 64
 DIRECTION_FREQUENCIES = 4                # L of a direction's: 6 L + 3 numbers
 MARGIN = 0.001                           # by which mip-NeRF's colors reach beyond [0, 1]
 BETA_MIN = 0.15                          # least uncertainty of a pixel of NeRF in the Wild
 THIN = 5.0                               # its transient part begins at a density of e^-5 per side of the box
+WARP_FREQUENCIES = 4                     # L of a position where the warp of Nerfies is told it
+ELASTIC_SCALE = 0.03                     # by which a warp may stretch, about, before the elastic loss gives up
+AMBIENT_FREQUENCIES = 1                  # L of HyperNeRF's ambient coordinates
 
 
 # ---- Sampling rays from end to end (NeRF, sections 4 and 5.2): no grid says where something may be. The coarse samples
@@ -2381,3 +2385,486 @@ def uncertainty_backward(n_rays: ti.i32, strength: ti.f32, counter: i32buf, ray_
             grad_transient[5 * i + 4] = w * grad_beta[r]
             gain = (T * transient[5 * i + 4] - behind) * grad_beta[r]
             grad_transient[5 * i + 3] = grad_transient[5 * i + 3] + sample[5 * i + 4] * gain + toll
+
+
+# ---- Moving things (Park et al. 2021, "Nerfies"): each photograph is of a moment of its own, which has a code. A warp
+# takes what a ray meets to where it is in a canonical scene that does not move, the field above: seen position x and
+# code of the photograph -> MLP -> a screw motion (r, v), and `sample` gets the position after that motion. Positions
+# turn around the cube's middle, and what a warp moves out of the cube stays on its border. `seen` [n_samples, 5] keeps
+# the samples as they were marched: the occupancy grid is one of places where something is at any moment.
+
+@ti.func
+def window_of(alpha, l):
+    """How far wave l is let in while training goes from coarse to fine (equation 8): alpha grows to WARP_FREQUENCIES."""
+    return 0.5 - 0.5 * ti.cos(3.14159265 * ti.math.clamp(alpha - l, 0.0, 1.0))
+
+
+@ti.kernel
+def warp_input_forward(n_rays: ti.i32, n_code: ti.i32, first: ti.i32, window: f32buf, ray_span: i32buf, seen: f32buf,
+                       ray_view: i32buf, params: rowsF, warp_input: rows64):
+    """What the warp is told of sample i: waves of its position, p = 2 x - 1; the position; a 1; its photograph's code:
+
+        (w_l sin(2^l pi p_c), w_l cos(2^l pi p_c) for l < L, c < 3;  p;  1;  0 ...)         L = WARP_FREQUENCIES
+
+    in the first 32 entries, then CODE_SCALE code.
+    window      [1]                       in    alpha, see window_of
+    ray_span    [n_rays, 2]               in    first sample, number of samples
+    seen        [n_samples, 5]            in    position, t, dt
+    ray_view    [n_rays]                  in
+    params      [n_param_rows] rows of F  in    numbers from `first` on: code [n_views + 1, n_code]
+    warp_input  [n_samples] rows of 64    out   the first 32 + n_code entries
+    thread      one per ray, which owns its samples
+    """
+    for r in range(n_rays):
+        for i in range(ray_span[2 * r], ray_span[2 * r] + ray_span[2 * r + 1]):
+            for c in ti.static(range(2 * OUTPUT)):
+                warp_input[i][c] = 0.0
+            for c in range(3):
+                p = 2.0 * seen[5 * i + c] - 1.0
+                turns = 0.5 * p
+                for l in range(WARP_FREQUENCIES):
+                    s_wave, c_wave = wave(turns)
+                    warp_input[i][6 * l + 2 * c] = window_of(window[0], l) * s_wave
+                    warp_input[i][6 * l + 2 * c + 1] = window_of(window[0], l) * c_wave
+                    turns *= 2.0
+                warp_input[i][6 * WARP_FREQUENCIES + c] = p
+            warp_input[i][6 * WARP_FREQUENCIES + 3] = 1.0
+            for c in range(n_code):
+                at = first + n_code * ray_view[r] + c
+                warp_input[i][2 * OUTPUT + c] = CODE_SCALE * params[at // N_FEATURES][at % N_FEATURES]
+
+
+@ti.func
+def stumpff(s):
+    """c_n = sum_k (-s)^k / (2 k + n)! for n = 1 ... 7 (entry n): with s = angle^2, c_1 = sin(angle) / angle,
+    c_2 = (1 - cos(angle)) / angle^2, c_3 = (angle - sin(angle)) / angle^3, without their 0/0 and cancellation. Slopes:
+    c_n' = (n c_{n+2} - c_{n+1}) / 2. Exact to f32 up to a whole turn, s = 39; beyond, the turn no longer grows."""
+    x = ti.min(s, 40.0)
+    c = ti.Vector([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 1.0])
+    for back in range(14):
+        k = 2.0 * (13 - back)
+        c[6] = 1.0 - x / ((k + 7.0) * (k + 8.0)) * c[6]
+        c[7] = 1.0 - x / ((k + 8.0) * (k + 9.0)) * c[7]
+    c[6] /= 720.0
+    c[7] /= 5040.0
+    c[5] = 1.0 / 120.0 - x * c[7]
+    c[4] = 1.0 / 24.0 - x * c[6]
+    c[3] = 1.0 / 6.0 - x * c[5]
+    c[2] = 0.5 - x * c[4]
+    c[1] = 1.0 - x * c[3]
+    return c
+
+
+@ti.func
+def slopes(c):
+    """c_n' of stumpff's c_n, for n = 1 ... 5."""
+    slope = ti.Vector([0.0, 0.0, 0.0, 0.0, 0.0, 0.0])
+    for n in ti.static(range(1, 6)):
+        slope[n] = 0.5 * (n * c[n + 2] - c[n + 1])
+    return slope
+
+
+@ti.func
+def slopes_of_slopes(slope):
+    """c_n'' for n = 1 ... 3."""
+    return ti.Vector([0.0, 0.5 * (slope[3] - slope[2]), 0.5 * (2.0 * slope[4] - slope[3]),
+                      0.5 * (3.0 * slope[5] - slope[4])])
+
+
+@ti.func
+def screw_motion(raw: ti.template(), i, seen: ti.template()):
+    """(r, v, x, y) of sample i: its screw axis, its position x, and where the motion takes it (section 3.2), both from
+    the cube's middle: y = exp(r) x + G v, Rodrigues' formula,
+
+        y = x + c_1 r x x + c_2 r x (r x x)  +  v + c_2 r x v + c_3 r x (r x v)          c_n of s = r . r
+    """
+    r, v = vec3(raw[i][0], raw[i][1], raw[i][2]), vec3(raw[i][3], raw[i][4], raw[i][5])
+    x = vec3(seen[5 * i] - 0.5, seen[5 * i + 1] - 0.5, seen[5 * i + 2] - 0.5)
+    c = stumpff(r.dot(r))
+    p, u = r.cross(x), r.cross(v)
+    return r, v, x, x + c[1] * p + c[2] * r.cross(p) + v + c[2] * u + c[3] * r.cross(u)
+
+
+@ti.kernel
+def warp_forward(counter: i32buf, warp_raw: rows16, sample: f32buf, seen: f32buf):
+    """The position of sample i after the screw motion, on the cube's border if that is outside.
+
+    counter   [4]                     in
+    warp_raw  [n_samples] rows of 16  in      output of the warp's MLP: r, v
+    sample    [n_samples, 5]          in-out  position
+    seen      [n_samples, 5]          out     `sample` as it was
+    thread    one per sample
+    """
+    for i in range(counter[0]):
+        for c in ti.static(range(5)):
+            seen[5 * i + c] = sample[5 * i + c]
+        r, v, x, y = screw_motion(warp_raw, i, seen)
+        for c in ti.static(range(3)):
+            sample[5 * i + c] = ti.math.clamp(y[c] + 0.5, 0.0, 1.0)
+
+
+@ti.func
+def turn_backward(r, x, a, b, grad):
+    """Gradients (of r, x, a, b) of y = a r x x + b r x (r x x). Where u = v x w, grad_v = w x grad_u and grad_w =
+    grad_u x v."""
+    p = r.cross(x)
+    grad_q = b * grad
+    grad_p = a * grad + grad_q.cross(r)
+    return p.cross(grad_q) + x.cross(grad_p), grad_p.cross(r), grad.dot(p), grad.dot(r.cross(p))
+
+
+@ti.kernel
+def warp_backward(counter: i32buf, warp_raw: rows16, seen: f32buf, grad_position: f32buf, grad_warp_raw: rows16):
+    """Gradient of the screw motion in r and v, term by term; 0 where the cube's border stopped it.
+
+    counter        [4]                     in
+    warp_raw       [n_samples] rows of 16  in
+    seen           [n_samples, 5]          in
+    grad_position  [n_samples, 3]          in    of the position after the motion
+    grad_warp_raw  [n_samples] rows of 16  out   the first 6 entries
+    thread         one per sample
+    """
+    for i in range(counter[0]):
+        r, v, x, y = screw_motion(warp_raw, i, seen)
+        g = vec3(0.0)
+        for k in ti.static(range(3)):
+            g[k] = ti.select(ti.abs(y[k]) <= 0.5, grad_position[3 * i + k], 0.0)
+        c = stumpff(r.dot(r))
+        slope = slopes(c)
+        grad_r, grad_x, g_1, g_2 = turn_backward(r, x, c[1], c[2], g)
+        grad_r_v, grad_v, g_2_v, g_3 = turn_backward(r, v, c[2], c[3], g)
+        grad_r += grad_r_v + 2.0 * (slope[1] * g_1 + slope[2] * (g_2 + g_2_v) + slope[3] * g_3) * r
+        grad_v += g
+        for k in ti.static(range(3)):
+            grad_warp_raw[i][k] = grad_r[k]
+            grad_warp_raw[i][3 + k] = grad_v[k]
+
+
+@ti.kernel
+def hash_position_backward(n_levels: ti.i32, counter: i32buf, level: i32buf, sample: f32buf, table: rowsF,
+                           grad_feature: rows64, grad_position: f32buf):
+    """Gradient of hash_encode_forward in the position: along axis c, a corner's weight has the slope
+
+        d w_v / d x_c = +-resolution prod_{b != c} (weight along axis b)        + on the upper side of the cell
+
+    counter, level, sample, table          in    as in hash_encode_forward
+    grad_feature   [n_samples] rows of 64  in
+    grad_position  [n_samples, 3]          out
+    thread         one per sample
+    """
+    for i in range(counter[0]):
+        grad = vec3(0.0)
+        for l in range(n_levels):
+            cell, fraction = locate(i, sample, level[4 * l])
+            for corner in ti.static(range(8)):
+                value = 0.0
+                slot = corner_slot(l, level, cell, corner)
+                for c in ti.static(range(N_FEATURES)):
+                    value += table[slot][c] * grad_feature[i][N_FEATURES * l + c]
+                for c in ti.static(range(3)):
+                    slope = ti.cast(level[4 * l], ti.f32) * (1.0 if corner >> c & 1 else -1.0)
+                    for b in ti.static(range(3)):
+                        if ti.static(b != c):
+                            slope *= fraction[b] if corner >> b & 1 else 1.0 - fraction[b]
+                    grad[c] += slope * value
+        for c in ti.static(range(3)):
+            grad_position[3 * i + c] = grad[c]
+
+
+# ---- What keeps a warp honest (Nerfies, sections 3.3 and 3.5): photographs of one moment each say little of how things
+# moved. Static points, known from elsewhere, are to stay where they are, and things are to move as rigidly as they can.
+
+@ti.kernel
+def pick_moments(n: ti.i32, n_views: ti.i32, seed: ti.i32, step: ti.i32, view: i32buf):
+    """A random photograph's moment for each of n points.
+
+    view    [n]  out
+    thread  one per point
+    """
+    for i in range(n):
+        view[i] = ti.cast(random_u32(seed, STREAM_MOMENT, step, i) % ti.u32(n_views), ti.i32)
+
+
+@ti.kernel
+def pick_static_points(n: ti.i32, n_points: ti.i32, seed: ti.i32, step: ti.i32, point: f32buf, sample: f32buf):
+    """n random ones of the static points, as samples.
+
+    point   [n_points, 3]  in    in the cube
+    sample  [n, 5]         out   position, 0, 0
+    thread  one per sample
+    """
+    for i in range(n):
+        p = ti.cast(random_u32(seed, STREAM_POINT, step, i) % ti.u32(n_points), ti.i32)
+        for c in ti.static(range(3)):
+            sample[5 * i + c] = point[3 * p + c]
+        for c in ti.static(range(3, 5)):
+            sample[5 * i + c] = 0.0
+
+
+@ti.kernel
+def static_loss(strength: ti.f32, counter: i32buf, sample: f32buf, seen: f32buf, grad_position: f32buf):
+    """Background loss (equation 7), L = strength / n sum_i |position after the warp - before|^2 of static points.
+
+    counter        [4]             in    [0] = n
+    sample, seen   [n_samples, 5]  in    after and before the warp
+    grad_position  [n_samples, 3]  out
+    thread         one per sample
+    """
+    for i in range(counter[0]):
+        for c in ti.static(range(3)):
+            grad_position[3 * i + c] = 2.0 * strength / counter[0] * (sample[5 * i + c] - seen[5 * i + c])
+
+
+@ti.kernel
+def pick_kept_samples(n: ti.i32, seed: ti.i32, step: ti.i32, counter: i32buf, seen: f32buf, sample_ray: i32buf,
+                      ray_view: i32buf, weight: f32buf, sample: f32buf, view: i32buf, picked_weight: f32buf):
+    """n random ones of a step's samples, for the elastic loss. Each is there three times, one for each axis; its weight
+    is such that the sum over the picked ones estimates the mean over all rays of the sum over their samples.
+
+    counter        [4]             in    of the samples: [1] = number of rays
+    seen           [n_samples, 5]  in
+    sample_ray     [n_samples]     in
+    ray_view       [n_rays]        in
+    weight         [n_samples]     in    share of a pixel's light, see weigh_samples
+    sample         [3 n, 5]        out
+    view           [3 n]           out
+    picked_weight  [n]             out
+    thread         one per picked sample
+    """
+    for j in range(n):
+        i = ti.cast(random_u32(seed, STREAM_ELASTIC, step, j) % ti.u32(ti.max(counter[0], 1)), ti.i32)
+        scale = 0.0
+        if counter[0] > 0:
+            scale = ti.cast(counter[0], ti.f32) / (n * ti.max(counter[1], 1))
+        picked_weight[j] = scale * weight[i]
+        for axis in ti.static(range(3)):
+            for c in ti.static(range(5)):
+                sample[5 * (3 * j + axis) + c] = seen[5 * i + c]
+            view[3 * j + axis] = ti.select(counter[0] > 0, ray_view[sample_ray[i]], 0)
+
+
+@ti.kernel
+def warp_tangent_input(window: f32buf, counter: i32buf, sample: f32buf, tangent_input: rows64):
+    """Derivative of warp_input in the position along axis i % 3, of sample i.
+
+    window         [1]                     in
+    counter        [4]                     in
+    sample         [n_samples, 5]          in
+    tangent_input  [n_samples] rows of 64  out
+    thread         one per sample
+    """
+    for i in range(counter[0]):
+        for c in ti.static(range(WIDTH)):
+            tangent_input[i][c] = 0.0
+        axis = i % 3
+        turns = sample[5 * i + axis] - 0.5
+        slope = 6.2831853
+        for l in range(WARP_FREQUENCIES):
+            s_wave, c_wave = wave(turns)
+            tangent_input[i][6 * l + 2 * axis] = window_of(window[0], l) * slope * c_wave
+            tangent_input[i][6 * l + 2 * axis + 1] = -window_of(window[0], l) * slope * s_wave
+            turns *= 2.0
+            slope *= 2.0
+        tangent_input[i][6 * WARP_FREQUENCIES + axis] = 2.0
+
+
+@ti.kernel
+def mlp_tangent_forward(n_in: ti.i32, n_hidden: ti.i32, capacity: ti.i32, counter: i32buf, tangent: rows64,
+                        hidden: rows64, weight: rows64, weight_out: rows16, tangent_hidden: rows64, tangent_y: rows16):
+    """Derivative of mlp_forward's y in the direction in which x has the derivative `tangent`: the layers again, but a
+    tangent passes where the ReLU passed x. It is linear in each layer's weights as y is: its backward launches are
+    mlp_backward_input and mlp_backward_weight, with `hidden` for the ReLUs and tangent_hidden for the products.
+
+    counter         [4]                              in
+    tangent         [n_samples] rows of 64           in    the first n_in entries
+    hidden          [n_hidden, capacity] rows of 64  in    from mlp_forward
+    weight, weight_out                               in
+    tangent_hidden  [n_hidden, capacity] rows of 64  out
+    tangent_y       [n_samples] rows of 16           out
+    thread          one per sample
+    """
+    for i in range(counter[0]):
+        total = row_times_matrix(tangent, i, n_in, weight, 0, row64(0.0))
+        tangent_hidden[i] = ti.select(hidden[i] > 0.0, total, row64(0.0))
+        h = i
+        for l in range(1, n_hidden):
+            total = row_times_matrix(tangent_hidden, h, WIDTH, weight, n_in + WIDTH * (l - 1), row64(0.0))
+            h += capacity
+            tangent_hidden[h] = ti.select(hidden[h] > 0.0, total, row64(0.0))
+        tangent_y[i] = row_times_matrix(tangent_hidden, h, WIDTH, weight_out, 0, row16(0.0))
+
+
+@ti.func
+def eigen(xx, yy, zz, xy, xz, yz):
+    """Eigenvalues of a symmetric 3x3 matrix, and its eigenvectors as a matrix's columns, by Jacobi's rotations."""
+    A = ti.Matrix([[xx, xy, xz], [xy, yy, yz], [xz, yz, zz]])
+    V = ti.Matrix([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
+    for sweep in range(5):
+        for a, b in ti.static(((0, 1), (0, 2), (1, 2))):
+            if ti.abs(A[a, b]) > 1e-20:
+                half = 0.5 * (A[b, b] - A[a, a]) / A[a, b]
+                tan = ti.select(half >= 0.0, 1.0, -1.0) / (ti.abs(half) + ti.sqrt(half * half + 1.0))
+                cos = 1.0 / ti.sqrt(tan * tan + 1.0)
+                sin = tan * cos
+                for c in ti.static(range(3)):                    # A J
+                    first, second = A[c, a], A[c, b]
+                    A[c, a], A[c, b] = cos * first - sin * second, sin * first + cos * second
+                for c in ti.static(range(3)):                    # J^T A, and V J
+                    first, second = A[a, c], A[b, c]
+                    A[a, c], A[b, c] = cos * first - sin * second, sin * first + cos * second
+                    first, second = V[c, a], V[c, b]
+                    V[c, a], V[c, b] = cos * first - sin * second, sin * first + cos * second
+    return vec3(A[0, 0], A[1, 1], A[2, 2]), V
+
+
+@ti.func
+def turn_tangent_backward(r, x, dr, dx, a, b, da, db, grad):
+    """Gradients (of r, x, dr, dx) of the derivative of turn_backward's y,
+
+        dy = da p + a dp + db q + b dq         p = r x x,  q = r x p,  dp = dr x x + r x dx,  dq = dr x p + r x dp
+
+    and those of da, db, a and b: grad . p, grad . q, grad . dp, grad . dq."""
+    p = r.cross(x)
+    dp = dr.cross(x) + r.cross(dx)
+    grad_dq = b * grad
+    grad_dp = a * grad + grad_dq.cross(r)
+    grad_q = db * grad
+    grad_p = da * grad + grad_dq.cross(dr) + grad_q.cross(r)
+    grad_r = dp.cross(grad_dq) + dx.cross(grad_dp) + p.cross(grad_q) + x.cross(grad_p)
+    return (grad_r, grad_dp.cross(dr) + grad_p.cross(r), p.cross(grad_dq) + x.cross(grad_dp), grad_dp.cross(r),
+            grad.dot(p), grad.dot(r.cross(p)), grad.dot(dp), grad.dot(dr.cross(p) + r.cross(dp)))
+
+
+@ti.kernel
+def elastic_loss(strength: ti.f32, counter: i32buf, sample: f32buf, warp_raw: rows16, tangent_raw: rows16,
+                 weight: f32buf, elastic: f32buf, grad_warp_raw: rows16, grad_tangent_raw: rows16):
+    """Elastic loss (section 3.3) of sample j, and its gradients. The three derivatives of the warp, column by column,
+
+        J_k = d y / d x_k  with dx = e_k, (dr, dv) = tangent_raw[3 j + k], ds = 2 r . dr in screw_motion's y
+
+    are a matrix J whose singular values are 1 where the warp is rigid. They are the roots of the eigenvalues of J^T J:
+
+        e^2 = sum (log singular value)^2 = 1/4 sum_m (log lambda_m)^2     L = weight rho(e),
+        rho(e) = 2 (e / c)^2 / ((e / c)^2 + 4), c = ELASTIC_SCALE         (Geman and McClure: what tears, may)
+        d e^2 / d J = J V diag(log lambda / lambda) V^T                   V the eigenvectors; no gradient to the weight
+
+    counter           [4]                     in    [0] = number of samples, three for each j
+    sample            [n_samples, 5]          in
+    warp_raw          [n_samples] rows of 16  in
+    tangent_raw       [n_samples] rows of 16  in    from mlp_tangent_forward
+    weight            [n_samples / 3]         in
+    elastic           [n_samples / 3]         out   rho(e)
+    grad_warp_raw     [n_samples] rows of 16  out   of strength L: the first 6 entries, at 3 j; 0 at 3 j + 1, 3 j + 2
+    grad_tangent_raw  [n_samples] rows of 16  out   the first 6 entries
+    thread            one per three samples
+    """
+    for j in range(counter[0] // 3):
+        r, v, x, y = screw_motion(warp_raw, 3 * j, sample)
+        c = stumpff(r.dot(r))
+        slope = slopes(c)
+        curve = slopes_of_slopes(slope)
+        J = ti.Matrix([[0.0, 0.0, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+        for k in ti.static(range(3)):
+            i = 3 * j + k
+            dr = vec3(tangent_raw[i][0], tangent_raw[i][1], tangent_raw[i][2])
+            dv = vec3(tangent_raw[i][3], tangent_raw[i][4], tangent_raw[i][5])
+            dx = vec3(1.0 if k == 0 else 0.0, 1.0 if k == 1 else 0.0, 1.0 if k == 2 else 0.0)
+            ds = 2.0 * r.dot(dr)
+            p, u = r.cross(x), r.cross(v)
+            dp, du = dr.cross(x) + r.cross(dx), dr.cross(v) + r.cross(dv)
+            dy = dx + ds * (slope[1] * p + slope[2] * (r.cross(p) + u) + slope[3] * r.cross(u)) + dv + c[1] * dp + (
+                c[2] * (dr.cross(p) + r.cross(dp) + du)) + c[3] * (dr.cross(u) + r.cross(du))
+            for b in ti.static(range(3)):
+                J[b, k] = dy[b]
+
+        M = J.transpose() @ J
+        values, V = eigen(M[0, 0], M[1, 1], M[2, 2], M[0, 1], M[0, 2], M[1, 2])
+        e2 = 0.0
+        D = ti.Matrix([[0.0, 0.0, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+        for m in ti.static(range(3)):
+            value = ti.max(values[m], 1e-6)
+            e2 += 0.25 * ti.log(value) * ti.log(value)
+            D[m, m] = ti.log(value) / value
+        ratio = e2 / (ELASTIC_SCALE * ELASTIC_SCALE)
+        elastic[j] = 2.0 * ratio / (ratio + 4.0)
+        scale = strength * weight[j] * 8.0 / (ELASTIC_SCALE * ELASTIC_SCALE * (ratio + 4.0) * (ratio + 4.0))
+        G = J @ V @ D @ V.transpose()
+
+        grad_r, grad_v, grad_s = vec3(0.0), vec3(0.0), 0.0
+        for k in ti.static(range(3)):
+            i = 3 * j + k
+            dr = vec3(tangent_raw[i][0], tangent_raw[i][1], tangent_raw[i][2])
+            dv = vec3(tangent_raw[i][3], tangent_raw[i][4], tangent_raw[i][5])
+            dx = vec3(1.0 if k == 0 else 0.0, 1.0 if k == 1 else 0.0, 1.0 if k == 2 else 0.0)
+            ds = 2.0 * r.dot(dr)
+            g = scale * vec3(G[0, k], G[1, k], G[2, k])
+            grad_dr, grad_dv, grad_ds = vec3(0.0), g, 0.0
+            for n in ti.static(range(1, 3)):         # the terms of x, of c_1 and c_2, and those of v, of c_2 and c_3
+                from_r, from_x, from_dr, from_dx, g_da, g_db, g_a, g_b = turn_tangent_backward(
+                    r, x if n == 1 else v, dr, dx if n == 1 else dv, c[n], c[n + 1], slope[n] * ds, slope[n + 1] * ds,
+                    g)
+                grad_r += from_r
+                grad_dr += from_dr
+                grad_s += slope[n] * g_a + slope[n + 1] * g_b + ds * (curve[n] * g_da + curve[n + 1] * g_db)
+                grad_ds += slope[n] * g_da + slope[n + 1] * g_db
+                if ti.static(n == 2):
+                    grad_v += from_x
+                    grad_dv += from_dx
+            grad_r += 2.0 * grad_ds * dr
+            grad_dr += 2.0 * grad_ds * r
+            for b in ti.static(range(3)):
+                grad_tangent_raw[i][b] = grad_dr[b]
+                grad_tangent_raw[i][3 + b] = grad_dv[b]
+        grad_r += 2.0 * grad_s * r
+        for k in ti.static(range(3)):
+            for b in ti.static(range(3)):
+                grad_warp_raw[3 * j + k][b] = grad_r[b] if k == 0 else 0.0
+                grad_warp_raw[3 * j + k][3 + b] = grad_v[b] if k == 0 else 0.0
+
+
+# ---- What no warp explains (Park et al. 2021, "HyperNeRF"): things that appear, or open. A second MLP, told what the
+# warp is told, says in which of many canonical scenes to look: two more coordinates w of the field, the ambient ones.
+# The density MLP gets them, and waves of them, behind the features of the hash grid.
+
+@ti.kernel
+def ambient_forward(first: ti.i32, counter: i32buf, ambient_raw: rows16, feature: rows64):
+    """feature[i][first:] = (w_c, sin(2^l pi w_c), cos(2^l pi w_c) for l < L, c < 2),  w = ambient_raw[i][:2],
+    L = AMBIENT_FREQUENCIES
+
+    counter      [4]                     in
+    ambient_raw  [n_samples] rows of 16  in
+    feature      [n_samples] rows of 64  out   2 + 4 L entries from `first` on
+    thread       one per sample
+    """
+    for i in range(counter[0]):
+        for c in ti.static(range(2)):
+            feature[i][first + c] = ambient_raw[i][c]
+            turns = 0.5 * ambient_raw[i][c]
+            for l in range(AMBIENT_FREQUENCIES):
+                at = first + 2 + 4 * l + 2 * c
+                feature[i][at], feature[i][at + 1] = wave(turns)
+                turns *= 2.0
+
+
+@ti.kernel
+def ambient_backward(first: ti.i32, counter: i32buf, ambient_raw: rows16, grad_feature: rows64,
+                     grad_ambient_raw: rows16):
+    """grad_w_c = grad of w_c + sum_l 2^l pi (cos(2^l pi w_c) grad of the sine - sin(2^l pi w_c) grad of the cosine)
+
+    counter           [4]                     in
+    ambient_raw       [n_samples] rows of 16  in
+    grad_feature      [n_samples] rows of 64  in    2 + 4 L entries from `first` on
+    grad_ambient_raw  [n_samples] rows of 16  out   the first 2 entries
+    thread            one per sample
+    """
+    for i in range(counter[0]):
+        for c in ti.static(range(2)):
+            turns, slope = 0.5 * ambient_raw[i][c], 3.14159265
+            grad = grad_feature[i][first + c]
+            for l in range(AMBIENT_FREQUENCIES):
+                s_wave, c_wave = wave(turns)
+                at = first + 2 + 4 * l + 2 * c
+                grad += slope * (c_wave * grad_feature[i][at] - s_wave * grad_feature[i][at + 1])
+                turns *= 2.0
+                slope *= 2.0
+            grad_ambient_raw[i][c] = grad

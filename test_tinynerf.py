@@ -2187,6 +2187,236 @@ def test_full_gradient_wild(rng, coarse, monkeypatch):
     assert flat.size == 0 and (grad[1, 2] == 0).all()        # no photograph has the last transient code
 
 
+# ---- Moving things: Nerfies, HyperNeRF ------------------------------------------------------------------------------
+
+def warp_input_model(x, code, alpha):
+    """What the warp is told of points [n, 3] with codes [n, n_code]."""
+    window = 0.5 - 0.5 * np.cos(np.pi * np.clip(alpha - np.arange(k.WARP_FREQUENCIES), 0, 1))
+    p = 2 * x - 1
+    waves = frequency_model(p, k.WARP_FREQUENCIES)[:, :6 * k.WARP_FREQUENCIES] * np.repeat(window, 6)
+    return np.hstack([waves, p, np.ones((len(x), 1)), np.zeros((len(x), 4)), k.CODE_SCALE * code])
+
+
+def screw_model(raw, x):
+    """Points [n, 3] after screw motions raw [n, 6], by a 4x4 matrix exponential, scaled and squared."""
+    S = np.zeros((len(x), 4, 4))
+    for (a, b), c in {(2, 1): 0, (0, 2): 1, (1, 0): 2}.items():
+        S[:, a, b], S[:, b, a] = raw[:, c], -raw[:, c]
+    S[:, :3, 3] = raw[:, 3:6]
+    E, term = np.eye(4) + 0 * S, np.eye(4) + 0 * S
+    for n in range(1, 20):
+        term = term @ S / 64 / n
+        E = E + term
+    for _ in range(6):
+        E = E @ E
+    return (E @ np.append(x - 0.5, np.ones((len(x), 1)), 1)[..., None])[:, :3, 0] + 0.5
+
+
+def some_motions(rng, n):
+    """Screw motions [n, 6]: none, tiny, small, and up to most of a turn."""
+    raw = uniform(rng, n, 6) * np.repeat(rng.choice([1e-4, 0.03, 0.3, 1.5, 3.0], n), 6).reshape(n, 6)
+    raw[:2] = 0
+    return raw.astype(np.float32).astype(np.float64)
+
+
+def test_warp(rng):
+    """Positions are not those after the screw motion, or a gradient is wrong: for no motion, small and large ones, and
+    such as end outside the cube."""
+    n, raw, g = 300, some_motions(rng, 300), uniform(rng, 300, 3)
+    sample = uniform(rng, n, 5, low=0, high=1)
+    warped, seen, grad_raw = buf(sample), buf(np.full((n, 5), 9.0)), rows(np.full((n + 2, 16), 9.0), 16)
+    k.warp_forward(count(n), rows(raw, 16), warped, seen)
+    got = warped.to_numpy().reshape(n, 5)
+    want = screw_model(raw, sample[:, :3])
+    assert_close("warp_forward", got[:, :3], np.clip(want, 0, 1), 1e-5)
+    assert np.array_equal(got[:, 3:], sample[:, 3:]) and np.array_equal(seen.to_numpy(), sample.ravel())
+    inside = (want > 0) & (want < 1)
+    assert 20 < (~inside).any(1).sum() < 200
+    k.warp_backward(count(n), rows(raw, 16), seen, buf(g), grad_raw)
+
+    def model(x):
+        return screw_model(x, sample[:, :3]) * inside
+    want = np.zeros((n, 6))
+    for c in range(6):
+        d = 1e-5 * np.eye(6)[c]
+        want[:, c] = (g * (model(raw + d) - model(raw - d))).sum(1) / 2e-5
+    assert_close("warp_backward", grad_raw.to_numpy()[:n, :6], want, 1e-4)
+    assert (grad_raw.to_numpy()[n:] == 9).all()
+
+
+def test_warp_input(rng):
+    """The warp is told something else than where and when, or what a window does not let in yet; or the derivative in
+    the position is another one."""
+    n_rays, n_code, first = 9, 8, 5
+    length = rng.integers(0, 40, n_rays)
+    span, n = np.stack([np.cumsum(length) - length, length], 1), length.sum() // 3 * 3
+    seen, view, params = uniform(rng, length.sum(), 5, low=0, high=1), rng.integers(0, 4, n_rays), uniform(rng, 48)
+    code = params[first:first + 32].reshape(4, 8)[np.repeat(view, length)]
+    for alpha in (0.0, 1.3, 4.0):
+        got, tangent = (rows(np.full((len(seen) + 2, 64), 9.0)) for _ in range(2))
+        k.warp_input_forward(n_rays, n_code, first, buf(np.array([alpha])), buf(span), buf(seen), buf(view),
+                             rowsF(params), got)
+        assert_close(f"warp_input_forward {alpha}", got.to_numpy()[:len(seen), :40],
+                     warp_input_model(seen[:, :3], code, alpha), 1e-5)
+        assert (got.to_numpy()[len(seen):] == 9).all() and (got.to_numpy()[:, 40:] == 9).all()
+        k.warp_tangent_input(buf(np.array([alpha])), count(n), buf(seen), tangent)
+        d = 1e-6 * np.eye(3)[np.arange(n) % 3]
+        want = [warp_input_model(seen[:n, :3] + s * d, code[:n], alpha)[:, :32] / 2e-6 for s in (1, -1)]
+        assert_close("  warp_tangent_input", tangent.to_numpy()[:n, :32], want[0] - want[1], 1e-5)
+        assert (tangent.to_numpy()[:n, 32:] == 0).all() and (tangent.to_numpy()[n:] == 9).all()
+
+
+def test_hash_position(rng, coarse):
+    """The gradient of the features in the position is not that of trilinear interpolation."""
+    n = 200
+    sample, table, g = uniform(rng, n, 5, low=0, high=1), uniform(rng, coarse[:, 2].sum(), F), uniform(rng, n, 3 * F)
+    grad = buf(np.full((n + 2, 3), 9.0))
+    k.hash_position_backward(3, count(n), buf(coarse), buf(sample), rowsF(table), rows(g, rest=9.0), grad)
+    want, got = np.zeros((n, 3)), grad.to_numpy().reshape(-1, 3)
+    x, h = sample[:, :3], 1e-7
+    smooth = np.ones(n, bool)
+    for resolution in coarse[:, 0]:                  # no step of h leaves a cell
+        smooth &= (np.abs(x * resolution - np.round(x * resolution)) > 2 * h * resolution).all(1)
+    for c in range(3):
+        plus, minus = (hash_encode_model(coarse, table, x + s * h * np.eye(3)[c]) for s in (1, -1))
+        want[:, c] = (g * (plus - minus)).sum(1) / (2 * h)
+    assert smooth.sum() > 190
+    assert_close("hash_position_backward", got[:n][smooth], want[smooth], 1e-5)
+    assert (got[n:] == 9).all()
+
+
+def test_mlp_tangent(rng):
+    """The derivative of an MLP in a direction is another one, or its gradients are not those that the MLP's own backward
+    launches find."""
+    n, capacity, n_in, n_hidden, n_out = 100, 128, 20, 3, 6
+    W, x, t, g = some_weights(rng, n_in, n_hidden, n_out), *(uniform(rng, n, w) for w in (n_in, n_in, n_out))
+    params = np.concatenate([w.ravel() for w in W])
+    weight, weight_t = rows(np.zeros((n_in + 64 * (n_hidden - 1), 64))), rows(np.zeros((64 * n_hidden + 16, 64)))
+    weight_out, h = rows(np.zeros((64, 16)), 16), mlp_model(x, W)
+    k.load_weights(n_in, n_hidden, n_out, 0, rowsF(params), weight, weight_t, weight_out)
+    hidden, tangent_hidden = layers(h[1:-1], capacity), layers(np.full((n_hidden, n, 64), 9.0), capacity)
+    tangent_y = rows(np.full((n + 2, 16), 9.0), 16)
+    k.mlp_tangent_forward(n_in, n_hidden, capacity, count(n), rows(t, rest=9.0), hidden, weight, weight_out,
+                          tangent_hidden, tangent_y)
+    slopes = [t]
+    for l, w in enumerate(W[:-1]):
+        slopes.append(slopes[-1] @ w * (h[l + 1] > 0))
+    want = slopes[-1] @ W[-1].T
+    assert_close("mlp_tangent_forward", tangent_y.to_numpy()[:n, :n_out], want, 1e-5)
+    plus, minus = (mlp_model(x + s * 1e-7 * t, W)[-1] for s in (1, -1))
+    assert_close("  the model's derivative", want, (plus - minus) / 2e-7, 1e-5)
+    assert (tangent_y.to_numpy()[n:] == 9).all()
+
+    grad_hidden, grad_x, partial = layers(np.zeros((n_hidden, n, 64)), capacity), rows(np.zeros((n, 64))), buf(
+        np.zeros((2, params.size)))
+    k.mlp_backward_input(n_hidden, n_out, capacity, count(n), hidden, weight_t, rows(g, 16), grad_hidden, grad_x)
+    k.mlp_backward_weight(n_in, n_hidden, n_out, capacity, 64, params.size, 0, count(n), rows(t), tangent_hidden,
+                          grad_hidden, rows(g, 16), partial)
+    flat, want = partial.to_numpy().reshape(2, -1).sum(0), []
+    for d in rng.normal(size=(4, params.size)):
+        def model(step):
+            y, at = t, 0
+            for l, w in enumerate(W):
+                moved = w + step * d[at:at + w.size].reshape(w.shape)
+                y, at = y @ moved * (h[l + 1] > 0) if l < n_hidden else y @ moved.T, at + w.size
+            return (g * y).sum()
+        want.append([(model(1e-6) - model(-1e-6)) / 2e-6, flat @ d])
+    assert_close("  gradient of its weights", *np.transpose(want)[::-1], 1e-4)
+
+
+def elastic_model(raw, tangent, x):
+    """rho [n] of screw motions raw [n, 6] with derivatives tangent [n, 3, 6] at points x [n, 3]: the Jacobian by
+    differences of the matrix exponential, singular values by LAPACK."""
+    J, h = np.zeros((len(x), 3, 3)), 1e-5
+    for c in range(3):
+        d = h * np.eye(3)[c]
+        J[:, :, c] = screw_model(raw + h * tangent[:, c], x + d) - screw_model(raw - h * tangent[:, c], x - d)
+    e2 = (np.log(np.linalg.svd(J / (2 * h), compute_uv=False)) ** 2).sum(1) / k.ELASTIC_SCALE**2
+    return 2 * e2 / (e2 + 4)
+
+
+def test_elastic_loss(rng):
+    """What tears or stretches is not seen by the elastic loss, what is rigid is, or a gradient is wrong."""
+    n = 60
+    raw, tangent = some_motions(rng, n), uniform(rng, n, 3, 6) * rng.choice([0.003, 0.03, 0.3], n)[:, None, None]
+    tangent[:5] = 0                                  # rigid
+    x, weight = uniform(rng, n, 3, low=0, high=1), uniform(rng, n, low=0, high=1)
+    raw, tangent, weight = (a.astype(np.float32).astype(np.float64) for a in (raw, tangent, weight))
+    sample = np.repeat(np.hstack([x, np.zeros((n, 2))]), 3, 0)
+    elastic, grad_raw, grad_tangent = buf(np.full(n, 9.0)), *(rows(np.full((3 * n, 16), 9.0), 16) for _ in range(2))
+    k.elastic_loss(0.7, count(3 * n), buf(sample), rows(np.repeat(raw, 3, 0), 16), rows(tangent.reshape(-1, 6), 16),
+                   buf(weight), elastic, grad_raw, grad_tangent)
+    rho = elastic_model(raw, tangent, x)
+    assert_close("elastic_loss", elastic.to_numpy(), rho, 1e-4)
+    assert elastic.to_numpy()[:5].max() < 1e-6 and rho[5:].min() < 0.5 and rho.max() > 1.9
+    got_raw, got_tangent = (b.to_numpy()[:, :6].reshape(n, 3, 6) for b in (grad_raw, grad_tangent))
+    assert (got_raw[:, 1:] == 0).all()
+    want, want_tangent, h = np.zeros((n, 6)), np.zeros((n, 3, 6)), 2e-5
+    for c in range(6):
+        d = h * np.eye(6)[c]
+        want[:, c] = 0.7 * weight * (elastic_model(raw + d, tangent, x)
+                                     - elastic_model(raw - d, tangent, x)) / (2 * h)
+        for axis in range(3):
+            d = h * np.eye(3)[axis][:, None] * np.eye(6)[c]
+            want_tangent[:, axis, c] = 0.7 * weight * (elastic_model(raw, tangent + d, x)
+                                                       - elastic_model(raw, tangent - d, x)) / (2 * h)
+    assert_close("  gradient of the motion", got_raw[5:, 0], want[5:], 1e-4)
+    assert_close("  gradient of its derivatives", got_tangent[5:], want_tangent[5:], 1e-4)
+
+
+def test_static_loss(rng):
+    """Static points, their moments or the samples for the elastic loss are picked wrongly, or points that moved have
+    another loss than their squared distance."""
+    n, point = 500, uniform(rng, 7, 3, low=0, high=1)
+    view, sample = buf(np.full(n + 2, 9)), buf(np.full((n, 5), 9.0))
+    k.pick_moments(n, 6, 3, 4, view)
+    assert np.array_equal(view.to_numpy()[:n], random_model(3, k.STREAM_MOMENT, 4, np.arange(n))[0] % 6)
+    assert (view.to_numpy()[n:] == 9).all()
+    k.pick_static_points(n, 7, 3, 4, buf(point), sample)
+    which = random_model(3, k.STREAM_POINT, 4, np.arange(n))[0] % 7
+    got = sample.to_numpy().reshape(n, 5)
+    assert np.array_equal(got[:, :3], point[which]) and (got[:, 3:] == 0).all()
+
+    warped, grad = uniform(rng, n, 5), buf(np.full((n, 3), 9.0))
+    k.static_loss(0.3, count(n), buf(warped), sample, grad)
+    numeric = 0.3 / n * 2 * (warped - got)[:, :3]
+    assert_close("static_loss", grad.to_numpy().reshape(n, 3), numeric, 1e-5)
+
+    seen, weight = uniform(rng, 40, 5), uniform(rng, 40)
+    owner, ray_view = rng.integers(0, 9, 40), rng.integers(0, 6, 9)
+    picked, view, picked_weight = buf(np.full((3 * n, 5), 9.0)), buf(np.full(3 * n, 9)), buf(np.full(n, 9.0))
+    for counter in ([40, 9, 0, 0], [0, 9, 0, 0]):
+        k.pick_kept_samples(n, 3, 4, buf(np.array(counter)), buf(seen), buf(owner), buf(ray_view), buf(weight), picked,
+                            view, picked_weight)
+        if counter[0] == 0:
+            assert (picked_weight.to_numpy() == 0).all() and (view.to_numpy() == 0).all()
+            continue
+        which = random_model(3, k.STREAM_ELASTIC, 4, np.arange(n))[0] % 40
+        assert np.array_equal(picked.to_numpy().reshape(n, 3, 5), np.repeat(seen[which][:, None], 3, 1))
+        assert np.array_equal(view.to_numpy(), np.repeat(ray_view[owner[which]], 3))
+        assert_close("picked weights", picked_weight.to_numpy(), weight[which] * 40 / (n * 9), 1e-6)
+
+
+def ambient_model(w):
+    """What the density MLP gets of ambient coordinates [n, 2]."""
+    return np.hstack([w, frequency_model(w, k.AMBIENT_FREQUENCIES)[:, :4 * k.AMBIENT_FREQUENCIES]])
+
+
+def test_ambient(rng):
+    """The field gets other ambient coordinates than the slicing MLP put out, or their gradient is wrong."""
+    n, first, w = 50, 24, uniform(rng, 50, 2) * 2
+    feature, grad = rows(np.full((n + 2, 64), 9.0)), rows(np.full((n + 2, 16), 9.0), 16)
+    n_out = 2 + 4 * k.AMBIENT_FREQUENCIES
+    k.ambient_forward(first, count(n), rows(w, 16), feature)
+    got = feature.to_numpy()
+    assert_close("ambient_forward", got[:n, first:first + n_out], ambient_model(w), 1e-5)
+    assert (got[:n, :first] == 9).all() and (got[:n, first + n_out:] == 9).all() and (got[n:] == 9).all()
+    g = uniform(rng, n, 64)
+    k.ambient_backward(first, count(n), rows(w, 16), rows(g), grad)
+    want = numeric_gradient(lambda x: (g[:, first:first + n_out] * ambient_model(x)).sum(), w)
+    assert_close("ambient_backward", grad.to_numpy()[:n, :2], want, 1e-4)
+
+
 @pytest.fixture
 def small_family(monkeypatch):
     """Models of the smallest kind, as small as a renderer in software wants them."""
