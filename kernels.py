@@ -2395,7 +2395,7 @@ def uncertainty_backward(n_rays: ti.i32, strength: ti.f32, counter: i32buf, ray_
 
 @ti.func
 def window_of(alpha, l):
-    """How far wave l is let in while training goes from coarse to fine (equation 8): alpha grows to WARP_FREQUENCIES."""
+    """How far wave l is let in while training goes from coarse to fine (equation 8); alpha grows, from 0 on."""
     return 0.5 - 0.5 * ti.cos(3.14159265 * ti.math.clamp(alpha - l, 0.0, 1.0))
 
 
@@ -2432,6 +2432,19 @@ def warp_input_forward(n_rays: ti.i32, n_code: ti.i32, first: ti.i32, window: f3
             for c in range(n_code):
                 at = first + n_code * ray_view[r] + c
                 warp_input[i][2 * OUTPUT + c] = CODE_SCALE * params[at // N_FEATURES][at % N_FEATURES]
+
+
+@ti.kernel
+def blend_codes(n_code: ti.i32, first: ti.i32, a: ti.i32, b: ti.i32, share: ti.f32, to: ti.i32, params: rowsF):
+    """The code of a moment between two photographs, for pictures: code[to] = (1 - share) code[a] + share code[b]
+
+    params  [n_param_rows] rows of F  in-out  numbers from `first` on: code [n_views + 1, n_code]
+    thread  one per number of the code
+    """
+    for c in range(n_code):
+        at_a, at_b, at = first + n_code * a + c, first + n_code * b + c, first + n_code * to + c
+        params[at // N_FEATURES][at % N_FEATURES] = (1.0 - share) * params[at_a // N_FEATURES][at_a % N_FEATURES] + (
+            share * params[at_b // N_FEATURES][at_b % N_FEATURES])
 
 
 @ti.func

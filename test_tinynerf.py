@@ -1577,7 +1577,8 @@ def sphere_views(n_views, size=32, phase=0.0, exposures=None):
             rgba[root <= 0] = np.append(0.5 + 0.5 * np.sin(3.0 * d + [3, 5, 1]), np.ones((len(p), 1)), 1)[root <= 0]
             rgba[:, :3] *= exposure
         rgba = np.rint(255 * rgba).astype(np.uint8)
-        views.append(types.SimpleNamespace(rgba=rgba.reshape(size, size, 4), camera=c, lens=0, name=f"{i}.png"))
+        views.append(types.SimpleNamespace(rgba=rgba.reshape(size, size, 4), camera=c, lens=0, name=f"{i}.png",
+                                           time=i / n_views))
     return tinynerf.pack_views(views, "mask" if exposures else "background")
 
 
@@ -2199,7 +2200,7 @@ def warp_input_model(x, code, alpha):
 
 def screw_model(raw, x):
     """Points [n, 3] after screw motions raw [n, 6], by a 4x4 matrix exponential, scaled and squared."""
-    S = np.zeros((len(x), 4, 4))
+    S = np.zeros((len(x), 4, 4), raw.dtype)
     for (a, b), c in {(2, 1): 0, (0, 2): 1, (1, 0): 2}.items():
         S[:, a, b], S[:, b, a] = raw[:, c], -raw[:, c]
     S[:, :3, 3] = raw[:, 3:6]
@@ -2286,8 +2287,8 @@ def test_hash_position(rng, coarse):
 
 
 def test_mlp_tangent(rng):
-    """The derivative of an MLP in a direction is another one, or its gradients are not those that the MLP's own backward
-    launches find."""
+    """The derivative of an MLP in a direction is another one, or the MLP's own backward launches do not find its
+    gradients."""
     n, capacity, n_in, n_hidden, n_out = 100, 128, 20, 3, 6
     W, x, t, g = some_weights(rng, n_in, n_hidden, n_out), *(uniform(rng, n, w) for w in (n_in, n_in, n_out))
     params = np.concatenate([w.ravel() for w in W])
@@ -2325,13 +2326,10 @@ def test_mlp_tangent(rng):
 
 
 def elastic_model(raw, tangent, x):
-    """rho [n] of screw motions raw [n, 6] with derivatives tangent [n, 3, 6] at points x [n, 3]: the Jacobian by
-    differences of the matrix exponential, singular values by LAPACK."""
-    J, h = np.zeros((len(x), 3, 3)), 1e-5
-    for c in range(3):
-        d = h * np.eye(3)[c]
-        J[:, :, c] = screw_model(raw + h * tangent[:, c], x + d) - screw_model(raw - h * tangent[:, c], x - d)
-    e2 = (np.log(np.linalg.svd(J / (2 * h), compute_uv=False)) ** 2).sum(1) / k.ELASTIC_SCALE**2
+    """rho [n] of screw motions raw [n, 6] with derivatives tangent [n, 3, 6] at points x [n, 3]: the Jacobian by steps
+    along the imaginary axis through the matrix exponential, singular values by LAPACK."""
+    J = np.stack([screw_model(raw + 1e-30j * tangent[:, c], x + 1e-30j * np.eye(3)[c]).imag for c in range(3)], 2)
+    e2 = (np.log(np.linalg.svd(J * 1e30, compute_uv=False)) ** 2).sum(1) / k.ELASTIC_SCALE**2
     return 2 * e2 / (e2 + 4)
 
 
@@ -2351,7 +2349,7 @@ def test_elastic_loss(rng):
     assert elastic.to_numpy()[:5].max() < 1e-6 and rho[5:].min() < 0.5 and rho.max() > 1.9
     got_raw, got_tangent = (b.to_numpy()[:, :6].reshape(n, 3, 6) for b in (grad_raw, grad_tangent))
     assert (got_raw[:, 1:] == 0).all()
-    want, want_tangent, h = np.zeros((n, 6)), np.zeros((n, 3, 6)), 2e-5
+    want, want_tangent, h = np.zeros((n, 6)), np.zeros((n, 3, 6)), 1e-6
     for c in range(6):
         d = h * np.eye(6)[c]
         want[:, c] = 0.7 * weight * (elastic_model(raw + d, tangent, x)
@@ -2415,6 +2413,95 @@ def test_ambient(rng):
     k.ambient_backward(first, count(n), rows(w, 16), rows(g), grad)
     want = numeric_gradient(lambda x: (g[:, first:first + n_out] * ambient_model(x)).sum(), w)
     assert_close("ambient_backward", grad.to_numpy()[:n, :2], want, 1e-4)
+
+
+@pytest.mark.parametrize("name", ["nerfies", "hypernerf"])
+def test_full_gradient_moving(rng, coarse, monkeypatch, name):
+    """A step of a model that moves launches the wrong kernel, or one on the wrong buffer, or in the wrong order; or its
+    losses are not those of the image, of what stretches and of static points."""
+    for constant, value in dict(MIN_LIGHT=0.0, ELASTIC=0.05, STATIC=3.0).items():
+        monkeypatch.setattr(tinynerf, constant, value)
+    n_rays, size = 40, sizes((9, 9, 0), (12, 6, 0))
+    m = tinynerf.MODELS[name].make({**TINY, **COARSE, "grid": 16, "march": 1200, "rays": n_rays, "chunk": 61,
+                                    "hash_chunk": 1200 if ON_CPU else 7}, BOX, 2, 3)
+    W = [some_weights(rng, net.n_in, net.n_hidden, net.n_out) for net in m.mlps]
+    for part in W[2:]:                               # what moves things
+        part[-1] *= 0.03
+    table, codes = uniform(rng, m.n_slots, F), uniform(rng, 3, 8) * 10
+    parts = zip(("density", "color", "warp", "slice"), W)
+    tensors = [("table", table), *((f"{net}, layer {l}", w) for net, part in parts for l, w in enumerate(part)),
+               ("codes", codes)]
+    m.params.from_numpy(np.concatenate([x.ravel() for _, x in tensors]).astype(np.float32).reshape(-1, F))
+    tinynerf.load_weights(m)
+    camera = np.array([look_at([1.6, 0.9, 1.1 - v / 3], [0.5, 0.5 + v / 9, 0.5], 8, width, height)
+                       for v, (_, width, height, _) in enumerate(size)])
+    m.occupancy.from_numpy(occupancy_model(rng.random(16**3) < 0.7))
+    rgba, points = rng.integers(0, 256, (153, 4), np.uint8), uniform(rng, 11, 3, low=0.1, high=0.9)
+    views = types.SimpleNamespace(pixels=buf(rgba.view("<u4")), size=buf(size), camera=buf(camera), n=2,
+                                  alpha="background", points=buf(points))
+    monkeypatch.setattr(tinynerf, "adam", lambda *arguments: None)           # which would clear the gradients
+    m.progress = 0.4 * tinynerf.FINE_AT
+    tinynerf.MODELS[name].step(m, n_rays, views, 3, 5, 0.0)
+
+    alpha, n_samples, n_whole = 0.4 * k.WARP_FREQUENCIES, m.counter.to_numpy()[0], m.march_counter.to_numpy()[1]
+    span, owner = m.ray_span.to_numpy().reshape(-1, 2), m.sample_ray.to_numpy()[:n_samples]
+    view = m.ray_view.to_numpy()
+    seen = m.seen.to_numpy().reshape(-1, 5)[:n_samples].astype(np.float64)
+    ray, truth = m.ray.to_numpy().reshape(-1, 8).astype(np.float64), rgba[m.ray_pixel.to_numpy()] / 255.0
+    kept, background, picked = np.arange(n_rays) < n_whole, background_model(n_rays, 3, 5), m.n_picked
+    assert n_samples > 200 and n_whole == n_rays     # none is left out: what follows holds all of it
+    harmonics = harmonics_model(ray[owner, 4:7] / np.linalg.norm(ray[owner, 4:7], axis=1, keepdims=True))
+    elastic_at = random_model(3, k.STREAM_ELASTIC, 5, np.arange(picked))[0] % n_samples
+    static_at = random_model(3, k.STREAM_POINT, 5, np.arange(3 * picked))[0] % len(points)
+    static_view = random_model(3, k.STREAM_MOMENT, 5, np.arange(3 * picked))[0] % 2
+    weight = m.picked_weight.to_numpy()              # no gradient goes to it
+
+    def model():
+        told = warp_input_model(seen[:, :3], codes[view[owner]], alpha)
+        feature = [hash_encode_model(coarse, table, np.clip(screw_model(mlp_model(told, W[2])[-1], seen[:, :3]), 0, 1))]
+        first = W[0][0][:3 * F]
+        if name == "hypernerf":
+            feature.append(ambient_model(mlp_model(told, W[3])[-1]))
+            first = np.vstack([first, W[0][0][tinynerf.MLPS["density"][0]:]])
+        geometry = mlp_model(np.hstack(feature), [first, W[0][1]])[-1]
+        color = mlp_model(np.hstack([geometry, harmonics]), W[1])[-1]
+        rgb_sigma = np.hstack([sigmoid(color), sigma_model(geometry[:, :1])])
+        pixel, _ = composite_model(span, seen, rgb_sigma, np.eye(4)[3:] * np.ones((n_rays, 1)))
+        loss = loss_model(pixel, truth, kept, background).sum() / n_whole
+
+        x, code = seen[elastic_at, :3], codes[view[owner[elastic_at]]]
+        h = mlp_model(warp_input_model(x, code, alpha), W[2])
+        tangents = []
+        for axis in np.eye(3):
+            t = warp_input_model(x + 1e-30j * axis, code, alpha).imag * 1e30
+            for l, w in enumerate(W[2][:-1]):
+                t = t @ w * (h[l + 1] > 0)
+            tangents.append(t @ W[2][-1].T)
+        elastic = 0.05 * weight @ elastic_model(h[-1], np.stack(tangents, 1), x)
+
+        x = points[static_at]
+        raw = mlp_model(warp_input_model(x, codes[static_view], alpha), W[2])[-1]
+        moved = np.clip(screw_model(raw, x), 0, 1) - x
+        return loss + elastic + 3.0 / (3 * picked) * (moved**2).sum(), pixel, elastic
+
+    _, pixel, elastic = model()
+    assert_close(f"{name}: pixel", m.pixel.to_numpy().reshape(-1, 4), pixel, 1e-4)
+    assert elastic > 1e-3
+    flat = m.grad_params.to_numpy().ravel().astype(np.float64)
+    for tensor, x in tensors:
+        grad, flat = flat[:x.size].reshape(x.shape), flat[x.size:]
+        largest, got, want, h = np.argmax(np.abs(grad)), [], [], 5e-8 if tensor == "codes" else 2e-9
+        for d in (*rng.normal(size=(2,) + x.shape), np.eye(1, x.size, largest).reshape(x.shape)):
+            old, values = x.copy(), []
+            for step in (h, -h):
+                x[:] = old + step * d
+                values.append(model()[0])
+            x[:] = old
+            got.append((grad * d).sum())
+            want.append((values[0] - values[1]) / (2 * h))
+        assert_close(f"full gradient: {name}, {tensor}", got[:2], want[:2], 1e-4)
+        assert_close("  its largest entry", got[2:], want[2:], 1e-4)
+    assert flat.size == 0 and (grad[2] == 0).all()   # no photograph has the last code
 
 
 @pytest.fixture

@@ -73,6 +73,8 @@ NEAR = 0.1                      # captures: distance of the nearest sample in su
 GROWTH = 4.0                    # unbounded scenes: steps grow by GROWTH / (steps along the diagonal) of the distance
 DISTORTION = 0.03               # unbounded scenes: strength of the distortion loss
 TRANSIENT = 0.1                 # nerfw: strength of the loss that keeps the transient part thin
+ELASTIC, STATIC = 1e-3, 1.0     # nerfies: strengths of the losses of what stretches, and of static points that move
+FINE_AT = 0.5                   # nerfies: the share of the training after which the warp gets all frequencies
 HOST_MB = 400                   # what Taichi, its compiler and pictures take besides buffers
 MESH_LENGTH = 0.01              # a mesh is where half of the light would be gone after so many sides of its cube
 SPECK = 0.01                    # parts of a mesh that have less than this share of the largest part's triangles go
@@ -187,7 +189,7 @@ def parse_path(text):
 
 def parse_frame(meta, frame):
     """A frame of a transforms file, with what it leaves to the file, as a namespace: name, mask (or None), pose
-    [3, 4] f64, fisheye, and a number or None for each of INTRINSICS. ValueError, KeyError, TypeError ..."""
+    [3, 4] f64, fisheye, time, and a number or None for each of INTRINSICS. ValueError, KeyError, TypeError ..."""
     values = {**meta, **frame}
     name, model, mask = parse_path(values["file_path"]), values.get("camera_model"), values.get("mask_path")
     pose = np.array(values["transform_matrix"], np.float64)
@@ -196,10 +198,12 @@ def parse_frame(meta, frame):
     if model is not None and model not in CAMERA_MODELS:
         raise ValueError(f"camera_model {model!r:.40} is none of {', '.join(CAMERA_MODELS)}")
     numbers = {key: parse_number(key, values.get(key), *bounds) for key, bounds in INTRINSICS.items()}
+    time = parse_number("time", values.get("time"), -1e6, 1e6)
     if not (numbers["fl_x"] or numbers["camera_angle_x"] or numbers["camera_angle_y"]):
         raise ValueError(f"there is no camera_angle_x and no fl_x for {name}")
     return types.SimpleNamespace(name=name, mask=None if mask is None else parse_path(mask), pose=pose[:3],
-                                 fisheye=model == "OPENCV_FISHEYE" or values.get("is_fisheye") is True, **numbers)
+                                 fisheye=model == "OPENCV_FISHEYE" or values.get("is_fisheye") is True, time=time,
+                                 **numbers)
 
 
 def find_image(folder, name):
@@ -237,8 +241,8 @@ def frame_camera(f, width, height, downscale=1):
 
 
 def load_view(f, folder, downscale, capture):
-    """(view, problem) of a frame from parse_frame. view: a namespace of name, rgba [height, width, 4] u8, lens and
-    camera (see load_scene), or None if the frame cannot be used. problem: None, or (what it has, which it is)."""
+    """(view, problem) of a frame from parse_frame. view: a namespace of name, rgba [height, width, 4] u8, lens, camera
+    and time (see load_scene), or None if the frame cannot be used. problem: None, or (what it has, which it is)."""
     if not is_pose(f.pose):
         return None, ("a pose that is not finite, or whose 3x3 part is no rotation", f.name)
     path, problem = find_image(folder, f.name), None
@@ -267,7 +271,7 @@ def load_view(f, folder, downscale, capture):
             rgba[..., 3] = full[:rows, :columns, 3].reshape(len(rgba), downscale, -1, downscale).min((1, 3))
 
     camera = frame_camera(f, width, height, downscale)
-    return types.SimpleNamespace(name=f.name, rgba=rgba, lens=int(f.fisheye), camera=camera), problem
+    return types.SimpleNamespace(name=f.name, rgba=rgba, lens=int(f.fisheye), camera=camera, time=f.time), problem
 
 
 def load_frames(path, meta, folder, downscale, capture):
@@ -285,6 +289,8 @@ def load_frames(path, meta, folder, downscale, capture):
         unique = {frame.name: frame for frame in reversed(frames)}
         wrong["the name of an earlier frame"] = [frame.name for frame in frames if frame is not unique[frame.name]]
         frames = [unique[name] for name in sorted(unique)]
+    for i, frame in enumerate(frames):               # where nobody says when: one after the other
+        frame.time = i / max(len(frames) - 1, 1) if frame.time is None else frame.time
     n_pixels = sum(count_pixels(find_image(folder, frame.name)) for frame in frames) // downscale**2
     check_fits(f"reading the {len(frames)} images of {path}", 4 * n_pixels / 1e6, f"use --downscale {2 * downscale}")
     with concurrent.futures.ThreadPoolExecutor() as pool:
@@ -352,6 +358,7 @@ def pack_views(views, alpha):
         del view.rgba
     return types.SimpleNamespace(pixels=pixels, size=np.array(size, np.int32), alpha="none" if opaque else alpha,
                                  camera=np.array([view.camera for view in views], np.float32),
+                                 time=np.array([view.time for view in views], np.float32),
                                  names=[view.name for view in views])
 
 
@@ -364,7 +371,8 @@ def view_image(views, i):
 def select_views(views, mask):
     """The views that a boolean mask [n] picks, as a namespace like load_scene's."""
     return pack_views([types.SimpleNamespace(name=views.names[i], rgba=view_image(views, i), lens=views.size[i, 3],
-                                             camera=views.camera[i]) for i in np.flatnonzero(mask)], views.alpha)
+                                             camera=views.camera[i], time=views.time[i])
+                       for i in np.flatnonzero(mask)], views.alpha)
 
 
 def load_scene(folder, downscale=1):
@@ -376,12 +384,14 @@ def load_scene(folder, downscale=1):
         size      i32 [n, 4]: first pixel, width, height, lens (0: perspective, 1: fisheye)
         camera    f32 [n, 22]: camera-to-world matrix [3, 4], y up, z back, in the scene's own units; fx, fy, cx, cy in
                   pixels, whose corner is at 0; OpenCV's k1, k2, k3, k4, p1, p2
+        time      f32 [n]: the moment it shows, of moving scenes; where the file has none, its place in the list
         names     n paths
         alpha     "none": all 255; "background": it shows the background; "mask": pixels with 0 do not train, others 255
     split         what is held out as test: "test", "val", "test_filenames", "val_filenames", "every 8th of train"
     capture       False for the Blender family
     placement     what the file says of aabb_scale, scale and offset, see instant-ngp
     skipped       lines that say what was left out
+    points        f32 [n, 3], places in the scene's units that never move: points.npy, if there is one, else none
     """
     if not os.path.isdir(folder):
         raise UserError(f"no such folder: {folder}", "data/lego comes along; data/README.md lists others")
@@ -412,7 +422,22 @@ def load_scene(folder, downscale=1):
         raise UserError(f"{source}: all cameras are in one place", "depth shows only from several places")
     alpha = "mask" if capture else "background"
     return types.SimpleNamespace(train=pack_views(train, alpha), test=pack_views(test, alpha), split=split,
-                                 capture=capture, placement=placement, skipped=skipped)
+                                 capture=capture, placement=placement, skipped=skipped, points=read_points(folder))
+
+
+def read_points(folder):
+    """The points in a folder's points.npy (Nerfies' data sets have such a file), [n, 3] f32; none without it."""
+    path = os.path.join(folder, "points.npy")
+    if not os.path.exists(path):
+        return np.zeros((0, 3), np.float32)
+    try:
+        with open(path, "rb") as file:
+            points = np.lib.format.read_array(file, allow_pickle=False, max_header_size=1000)
+        if points.ndim != 2 or points.shape[1] != 3 or points.dtype.kind != "f" or not np.abs(points).max() < 1e9:
+            raise ValueError("it does not hold an [n, 3] array of finite numbers")
+        return points.astype(np.float32)
+    except Exception as error:                       # NumPy has errors of many kinds
+        raise UserError(f"{path} is not usable: {one_line(error)}", "it is the points that never move; remove it")
 
 
 def place_scene(scene):
@@ -471,22 +496,25 @@ class Model:
     name, marches = "ngp", True                      # see MODELS; whether an occupancy grid says where samples may be
     KEPT = ("params", "occupancy", "moment", "density_grid", "lit_step")     # buffers that outlive a step,
     DRAWN = ("params", "occupancy")                                          # and those that a picture needs
-    nets, more_mlps, code_sets = (), {}, 1           # deep networks, see SampledModel; what only WildModel has
+    nets, more_mlps = (), {}                         # deep networks, see SampledModel; MLPs of the family's models
+    coded, code_sets, moves = ("color",), 1, False   # MLPs that get photographs' codes, how many each; see Nerfies
+    decay, progress = DECAY, 0.0                     # for update_occupancy; how far training is, 0..1
 
     def __init__(self, settings, space, n_photos=0, n_levels=N_LEVELS, training=True, dry=False):
         """settings: an entry of MACHINES; space: from place_scene; n_photos: that get codes, for their differences. A
         model that only renders (training=False) has no gradients; one that is dry only counts its buffers."""
         self.settings, self.space, self.n_photos, self.n_levels = settings, space, n_photos, n_levels
         self.dry = dry
-        self.n_code = N_CODE if n_photos else 0
+        n_code = N_CODE if n_photos else 0
+        self.n_code = n_code * ("color" in self.coded)           # of the color MLP
         n, n_rays, cells = settings["march"], settings["rays"], settings["grid"] ** 3
         layout = level_layout(settings, n_levels)
         self.n_slots = int(layout[:, 2].sum())
-        mlps = {name: (n_in + self.n_code * (name != "density"), *rest)
+        mlps = {name: (n_in + n_code * (name in self.coded), *rest)
                 for name, (n_in, *rest) in {**MLPS, **self.more_mlps}.items()}
         self.n_weights = k.WIDTH * sum(count_rows(*mlp) for mlp in mlps.values())
         self.first_code = self.n_slots * k.N_FEATURES + self.n_weights
-        self.n_codes = self.n_code * (n_photos + 1)              # numbers; one code more: the neutral one
+        self.n_codes = n_code * (n_photos + 1)                   # numbers; one code more: the neutral one
         self.n_rows = (self.first_code + self.code_sets * self.n_codes) // k.N_FEATURES
         self.pitch = self.n_weights + 16                         # of a row of `partial`
 
@@ -628,6 +656,8 @@ def forward(m, n_rays, n_steps, first_code):
     """Marched samples to pixels: density decides which of them are kept, and only those go on. first_code: where in
     `params` the codes of the views begin."""
     capacity = m.settings["march"]
+    if m.moves:
+        warp_samples(m, n_rays, first_code)
     probe(m, m.march_counter)
     k.mark_visible_samples(n_rays, MIN_LIGHT * step_size(m, n_steps)[0], m.march_span, m.march_sample, m.march_sigma,
                            m.pixel, m.keep, m.ray_span)
@@ -718,8 +748,10 @@ def update_occupancy(m, n_cells, first, seed, step):
     grid = m.settings["grid"]
     k.place_cell_samples(n_cells, first, grid, *step_size(m, m.settings["train_steps"]), seed, step, m.march_sample,
                          m.cell_counter)
+    if m.moves:
+        warp_cells(m, n_cells, seed, step)
     probe(m, m.cell_counter)
-    k.update_density_grid(n_cells, first, grid, DECAY, m.march_sample, m.march_sigma, m.density_grid)
+    k.update_density_grid(n_cells, first, grid, m.decay, m.march_sample, m.march_sigma, m.density_grid)
     pack_occupancy(m, step, DARK_AFTER)
 
 
@@ -758,6 +790,11 @@ def train_step(m, n_rays, views, seed, step, learning_rate):
     adam(m, step + 1, learning_rate)
 
 
+def neutral_code(m):
+    """Where in `params` the code begins that pictures are drawn with."""
+    return m.first_code + m.n_codes - m.n_codes // (m.n_photos + 1)
+
+
 def draw_rays(m, n_rays):
     """Rays that are rendered to pixels, in waves: each takes those that light still gets through a few samples
     further."""
@@ -767,7 +804,7 @@ def draw_rays(m, n_rays):
         n_samples, n_kept = m.march_counter.to_numpy()[:2]
         if n_samples == 0 and n_kept == n_rays:
             break
-        forward(m, n_rays, n_steps, m.first_code + m.n_photos * m.n_code)    # with the neutral code
+        forward(m, n_rays, n_steps, neutral_code(m))
         limit = min(2 * limit, m.settings["march"] // m.settings["block"])
 
 
@@ -785,7 +822,8 @@ def upload_views(m, views):
     pixels.from_numpy(views.pixels)
     size.from_numpy(views.size.ravel())
     camera.from_numpy(to_cube(views.camera, m.space).ravel())
-    return types.SimpleNamespace(pixels=pixels, size=size, camera=camera, n=len(views.size), alpha=views.alpha)
+    return types.SimpleNamespace(pixels=pixels, size=size, camera=camera, n=len(views.size), alpha=views.alpha,
+                                 points=None)
 
 
 # ---- The family: other models, of the stages in Part II of kernels.py -----------------------------------------------
@@ -877,7 +915,7 @@ class MipNeRF(SampledModel):
 
 class WildModel(Model):
     """Martin-Brualla et al. 2021: ngp, and a part that is another one in each photograph, and uncertain."""
-    name, more_mlps, code_sets = "nerfw", {"transient_net": (2 * k.OUTPUT, 2, 5)}, 2
+    name, more_mlps, coded, code_sets = "nerfw", {"transient_net": (2 * k.OUTPUT, 2, 5)}, ("color", "transient_net"), 2
 
     def __init__(self, settings, space, n_photos=0, n_levels=N_LEVELS, training=True, dry=False):
         super().__init__(settings, space, n_photos, n_levels, training, dry)
@@ -889,6 +927,68 @@ class WildModel(Model):
             self.grad_transient_input, self.grad_transient_hidden = self.new(k.row64, n), self.new(k.row64, 2 * n)
             self.grad_transient_raw, self.grad_transient = self.new(k.row16, n), self.new(ti.f32, 5 * n)
             self.beta, self.grad_beta = self.new(ti.f32, n_rays), self.new(ti.f32, n_rays)
+
+
+class Nerfies(Model):
+    """Park et al. 2021: ngp in a canonical scene, and a warp from each photograph's moment to there."""
+    name, moves, slices, decay = "nerfies", True, False, 0.6     # a cell is empty only if it is at all times
+    more_mlps, coded = {"warp_net": (2 * k.OUTPUT, 3, 6)}, ("warp_net",)
+    KEPT, DRAWN = (*Model.KEPT, "time", "window"), (*Model.DRAWN, "time", "window")
+
+    def __init__(self, settings, space, n_photos=0, n_levels=N_LEVELS, training=True, dry=False):
+        super().__init__(settings, space, n_photos, n_levels, training, dry)
+        n, n_rays, f32, i32 = settings["march"], settings["rays"], ti.f32, ti.i32
+        self.n_weights = k.WIDTH * sum(count_rows(net.n_in, net.n_hidden, net.n_out) for net in (
+            self.density, self.color))                           # of the field; the others have their own sums
+        self.time, self.window = self.new(f32, max(n_photos, 1)), self.new(f32, 1)
+        self.march_warp_input, self.march_seen = self.new(k.row64, n), self.new(f32, 5 * n)
+        self.warp_hidden, self.warp_raw = self.new(k.row64, 3 * n), self.new(k.row16, n)
+        if not training:
+            return
+        self.warp_input, self.seen = self.new(k.row64, n), self.new(f32, 5 * n)
+        self.grad_position, self.grad_warp_raw = self.new(f32, 3 * n), self.new(k.row16, n)
+        self.grad_warp_hidden, self.grad_warp_input = self.new(k.row64, 3 * n), self.new(k.row64, n)
+        self.weight = self.new(f32, n)
+        self.n_picked = n // 16 // 3                             # samples of the elastic loss; static points: thrice
+        self.picked, self.picked_seen = self.new(f32, 15 * self.n_picked), self.new(f32, 15 * self.n_picked)
+        self.picked_view, self.picked_counter = self.new(i32, 3 * self.n_picked), self.new(i32, 4)
+        self.picked_weight, self.elastic = self.new(f32, self.n_picked), self.new(f32, self.n_picked)
+        self.tangent_input, self.tangent_hidden = self.new(k.row64, 3 * self.n_picked), self.new(k.row64, 3 * n)
+        self.tangent_raw, self.grad_tangent_raw = (self.new(k.row16, 3 * self.n_picked) for _ in range(2))
+        self.each_span, self.each = self.new(i32, 2 * max(n_rays, n)), self.new(i32, n)       # point i has sample i
+        if not dry:
+            self.each.from_numpy(np.arange(n, dtype=np.int32))
+            self.each_span.from_numpy(np.stack([np.arange(max(n_rays, n)), np.ones(max(n_rays, n))], 1).astype(
+                np.int32).ravel())
+            self.picked_counter.from_numpy(np.array([3 * self.n_picked, 3 * self.n_picked, 0, 0], np.int32))
+
+    def initialize(self, seed):
+        """Random parameters as in ngp, but next to no motion; codes of neighbours in time begin as neighbours, on a
+        curve."""
+        super().initialize(seed)
+        for net in self.mlps[2:]:
+            last = net.first + k.WIDTH * (count_rows(net.n_in, net.n_hidden, net.n_out) - net.n_out)
+            k.fill_uniform(k.WIDTH * net.n_out, last, 1e-3, seed, self.params)
+        params, time = self.params.to_numpy().ravel(), self.time.to_numpy()
+        time = (time - time.min()) / max(time.max() - time.min(), 1e-6)
+        n = np.arange(1, N_CODE + 1)
+        codes = np.cos(np.pi * n * time[:, None]) / n / k.CODE_SCALE
+        params[self.first_code:self.first_code + codes.size] = codes.ravel()
+        self.params.from_numpy(params.reshape(-1, k.N_FEATURES))
+        load_weights(self)
+
+
+class HyperNeRF(Nerfies):
+    """Park et al. 2021b: nerfies, and ambient coordinates."""
+    name, slices, coded = "hypernerf", True, ("warp_net", "slice_net")
+    more_mlps = {"density": (MLPS["density"][0] + 2 + 4 * k.AMBIENT_FREQUENCIES, 1, k.OUTPUT), **Nerfies.more_mlps,
+                 "slice_net": (2 * k.OUTPUT, 2, 2)}
+
+    def __init__(self, settings, space, n_photos=0, n_levels=N_LEVELS, training=True, dry=False):
+        super().__init__(settings, space, n_photos, n_levels, training, dry)
+        self.slice_raw = self.new(k.row16, settings["march"])
+        if training:
+            self.grad_slice_raw = self.new(k.row16, settings["march"])
 
 
 def load_layers(m, net):
@@ -1043,6 +1143,124 @@ def wild_step(m, n_rays, views, seed, step, learning_rate):
     adam(m, step + 1, learning_rate)
 
 
+def run_net(m, net, counter, x, raw):
+    """One of the MLPs around the field, from its input to its outputs; m.warp_hidden has its layers then."""
+    k.mlp_forward(net.n_in, net.n_hidden, m.settings["march"], counter, x, net.weight, net.weight_out, m.warp_hidden,
+                  raw)
+
+
+def warp_points(m, n, span, view, first_code, counter, x, sample, seen):
+    """n points or rays with their samples to where these are in the canonical scene, and where to look in it."""
+    k.warp_input_forward(n, N_CODE, first_code, m.window, span, sample, view, m.params, x)
+    if m.slices:
+        run_net(m, m.slice_net, counter, x, m.slice_raw)
+        k.ambient_forward(MLPS["density"][0], counter, m.slice_raw, m.march_feature)
+    run_net(m, m.warp_net, counter, x, m.warp_raw)
+    k.warp_forward(counter, m.warp_raw, sample, seen)
+
+
+def warp_samples(m, n_rays, first_code):
+    """The samples of a march."""
+    warp_points(m, n_rays, m.march_span, m.ray_view, first_code, m.march_counter, m.march_warp_input, m.march_sample,
+                m.march_seen)
+
+
+def warp_cells(m, n_cells, seed, step):
+    """Points in cells of the occupancy grid, each at some moment."""
+    k.pick_moments(n_cells, m.n_photos, seed, step, m.ray_view)
+    warp_points(m, n_cells, m.each_span, m.ray_view, m.first_code, m.cell_counter, m.march_warp_input, m.march_sample,
+                m.march_seen)
+
+
+def net_backward(m, net, counter, x, products, grad_raw, owner=None, view=None):
+    """Mirror of run_net(): from grad_raw to grad_params. products: what the layers put out, of what is differentiated;
+    owner, view: whose codes it was told, if any."""
+    capacity, chunk, add_chunk = m.settings["march"], m.settings["chunk"], m.settings["hash_chunk"]
+    n_weights = k.WIDTH * count_rows(net.n_in, net.n_hidden, net.n_out)
+    k.mlp_backward_input(net.n_hidden, net.n_out, capacity, counter, m.warp_hidden, net.weight_t, grad_raw,
+                         m.grad_warp_hidden, m.grad_warp_input)
+    k.mlp_backward_weight(net.n_in, net.n_hidden, net.n_out, capacity, chunk, m.pitch, 0, counter, x, products,
+                          m.grad_warp_hidden, grad_raw, m.partial)
+    k.sum_partials(n_weights, chunk, m.pitch, net.first, counter, m.partial, m.grad_params)
+    if owner is not None:
+        k.code_backward(N_CODE, m.first_code, -(-capacity // add_chunk), add_chunk, counter, owner, view,
+                        m.grad_warp_input, m.grad_params)
+
+
+def warp_backward(m, n_rays):
+    """After backward(): mirror of warp_samples() for the samples that were kept."""
+    k.keep_visible_samples(n_rays, m.march_span, m.march_seen, m.march_warp_input, m.keep, m.ray_span, m.seen,
+                           m.warp_input, m.sample_ray)
+    if m.slices:
+        run_net(m, m.slice_net, m.counter, m.warp_input, m.slice_raw)
+        k.ambient_backward(MLPS["density"][0], m.counter, m.slice_raw, m.grad_feature, m.grad_slice_raw)
+        net_backward(m, m.slice_net, m.counter, m.warp_input, m.warp_hidden, m.grad_slice_raw, m.sample_ray, m.ray_view)
+    run_net(m, m.warp_net, m.counter, m.warp_input, m.warp_raw)
+    k.hash_position_backward(m.n_levels, m.counter, m.level, m.sample, m.params, m.grad_feature, m.grad_position)
+    k.warp_backward(m.counter, m.warp_raw, m.seen, m.grad_position, m.grad_warp_raw)
+    net_backward(m, m.warp_net, m.counter, m.warp_input, m.warp_hidden, m.grad_warp_raw, m.sample_ray, m.ray_view)
+
+
+def stiffen(m, n_rays, seed, step):
+    """The elastic loss of some of the samples that were kept, and its gradient: through the warp's MLP, and through the
+    derivatives of what it puts out, in three directions at once."""
+    net, counter, x = m.warp_net, m.picked_counter, m.march_warp_input
+    k.weigh_samples(n_rays, 0.0, m.ray_span, m.sample, m.rgb_sigma, m.weight)
+    k.pick_kept_samples(m.n_picked, seed, step, m.counter, m.seen, m.sample_ray, m.ray_view, m.weight, m.picked,
+                        m.picked_view, m.picked_weight)
+    k.warp_input_forward(3 * m.n_picked, N_CODE, m.first_code, m.window, m.each_span, m.picked, m.picked_view, m.params,
+                         x)
+    run_net(m, net, counter, x, m.warp_raw)
+    k.warp_tangent_input(m.window, counter, m.picked, m.tangent_input)
+    k.mlp_tangent_forward(net.n_in, net.n_hidden, m.settings["march"], counter, m.tangent_input, m.warp_hidden,
+                          net.weight, net.weight_out, m.tangent_hidden, m.tangent_raw)
+    k.elastic_loss(ELASTIC, counter, m.picked, m.warp_raw, m.tangent_raw, m.picked_weight, m.elastic, m.grad_warp_raw,
+                   m.grad_tangent_raw)
+    net_backward(m, net, counter, x, m.warp_hidden, m.grad_warp_raw, m.each, m.picked_view)
+    net_backward(m, net, counter, m.tangent_input, m.tangent_hidden, m.grad_tangent_raw)
+
+
+def hold(m, points, seed, step):
+    """The loss of static points that move, and its gradient."""
+    n, counter, x = 3 * m.n_picked, m.picked_counter, m.march_warp_input
+    k.pick_static_points(n, points.shape[0] // 3, seed, step, points, m.picked)
+    k.pick_moments(n, m.n_photos, seed, step, m.picked_view)
+    if m.space.unbounded:
+        k.contract_samples(counter, m.picked)
+    k.warp_input_forward(n, N_CODE, m.first_code, m.window, m.each_span, m.picked, m.picked_view, m.params, x)
+    run_net(m, m.warp_net, counter, x, m.warp_raw)
+    k.warp_forward(counter, m.warp_raw, m.picked, m.picked_seen)
+    k.static_loss(STATIC, counter, m.picked, m.picked_seen, m.grad_position)
+    k.warp_backward(counter, m.warp_raw, m.picked_seen, m.grad_position, m.grad_warp_raw)
+    net_backward(m, m.warp_net, counter, x, m.warp_hidden, m.grad_warp_raw, m.each, m.picked_view)
+
+
+def moving_step(m, n_rays, views, seed, step, learning_rate):
+    """train_step() with a warp in front of the field, from coarse to fine."""
+    m.window.fill(k.WARP_FREQUENCIES * min(m.progress / FINE_AT, 1.0))
+    k.pick_pixels(n_rays, views.n, seed, step, views.size, m.ray_pixel, m.ray_view, m.ray_code)
+    compare(m, n_rays, views, seed, step, m.first_code)
+    k.mark_lit_cells(n_rays, m.settings["grid"], step, m.march_span, m.march_seen, m.march_sigma, m.keep, m.lit_step)
+    backward(m, n_rays)
+    warp_backward(m, n_rays)
+    if ELASTIC:
+        stiffen(m, n_rays, seed, step)
+    if STATIC and views.points is not None:
+        hold(m, views.points, seed, step)
+    adam(m, step + 1, learning_rate)
+
+
+def set_moment(m, time):
+    """The moment that pictures of a moving scene show from now on, between those of two photographs."""
+    if m.moves:
+        times = m.time.to_numpy()
+        order = np.argsort(times, kind="stable")
+        after = int(np.clip(np.searchsorted(times[order], time), min(1, len(order) - 1), len(order) - 1))
+        a, b = order[max(after - 1, 0)], order[after]
+        share = float(np.clip((time - times[a]) / max(times[b] - times[a], 1e-9), 0.0, 1.0))
+        k.blend_codes(N_CODE, m.first_code, int(a), int(b), share, m.n_photos, m.params)
+
+
 # What a model is made of: its class; a training step, and the pixels of a picture, as lists of launches; the first and
 # last learning rate, if not those above; what differs in MACHINES; what its file says otherwise than MODEL_INFO has it.
 # Models that sample: number of networks; whether fine samples are added to coarse ones; where in its part of the ray
@@ -1063,6 +1281,9 @@ MODELS = {name: types.SimpleNamespace(**parts) for name, parts in dict(
                  coarse_loss=0.1, settings=dict(cpu=dict(SAMPLED_CPU, coarse=32, fine=32),
                                                 gpu=dict(SAMPLED_GPU, coarse=128, fine=128))),
     nerfw=dict(make=WildModel, step=wild_step, draw=draw_rays, rates=None, settings=dict(cpu={}, gpu={}), info={}),
+    nerfies=dict(make=Nerfies, step=moving_step, draw=draw_rays, rates=None, settings=dict(cpu={}, gpu={}), info={}),
+    hypernerf=dict(make=HyperNeRF, step=moving_step, draw=draw_rays, rates=None, settings=dict(cpu={}, gpu={}),
+                   info={}),
 ).items()}
 
 
@@ -1083,7 +1304,13 @@ def make_model(name, scene, space, arch, old={}):
     if arch == "cpu":
         check_fits("this run", need, "use a larger --downscale" if 2 * images > buffers else "close other programs")
     m = make(settings, space, n_photos)
-    return m, upload_views(m, scene.train)
+    views = upload_views(m, scene.train)
+    if m.moves:
+        m.time.from_numpy(scene.train.time)
+        if len(scene.points):
+            views.points = m.new(ti.f32, scene.points.size)
+            views.points.from_numpy(((scene.points - space.center) / space.side + 0.5).astype(np.float32).ravel())
+    return m, views
 
 
 # ---- Training and rendering -----------------------------------------------------------------------------------------
@@ -1129,7 +1356,7 @@ def train(m, views, seed, steps=None, seconds=None, report=lambda **line: None, 
     rays_since, seen, stop = 0, read_totals(m), False
     start = time.perf_counter() - now.seconds
     while now.progress < 1.0 and not stop:
-        rate = first_rate * (last_rate / first_rate) ** now.progress
+        rate, m.progress = first_rate * (last_rate / first_rate) ** now.progress, now.progress
         take_step(m, now.n_rays, views, seed, now.step, rate)
         now.step, rays_since = now.step + 1, rays_since + now.n_rays
         if m.marches and now.step % min(refresh, 1 + now.step // 64) == 0:   # more often while the field takes shape
@@ -1161,6 +1388,7 @@ def train(m, views, seed, steps=None, seconds=None, report=lambda **line: None, 
             start += time.perf_counter() - paused
     if m.marches:
         pack_occupancy(m, now.step, k.END)                       # nothing is dark: new views may see it
+    set_moment(m, 0.0)                                           # whatever pictures were looked at meanwhile
     ti.sync()
     return dict(steps=now.step, complete=now.progress >= 1.0, train_seconds=time.perf_counter() - start,
                 compile_seconds=compile_seconds, samples=now.samples, rays=now.rays, rays_dropped=now.rays_dropped)
@@ -1245,6 +1473,7 @@ def evaluate(m, views, each=lambda i, rgb, depth, truth: None):
     psnrs, ssims, seconds = [], [], 0.0
     for i, (_, width, height, lens) in enumerate(views.size):
         start = time.perf_counter()
+        set_moment(m, views.time[i])
         rgb, depth = render_view(m, views.camera[i], width, height, lens)
         seconds += time.perf_counter() - start
         rgba = view_image(views, i)
@@ -1259,7 +1488,7 @@ def evaluate(m, views, each=lambda i, rgb, depth, truth: None):
 def evaluate_fitted(m, views, n_steps=50, n_rays=512):
     """PSNR of the right half of each view when its code has been learned from its left half, everything else as it is
     (NeRF in the Wild, section 5): what is left is not exposure or white balance. The mean over the views."""
-    neutral, psnrs, rng = m.first_code + m.n_photos * m.n_code, [], np.random.default_rng(0)
+    neutral, psnrs, rng = neutral_code(m), [], np.random.default_rng(0)
     ray_pixel, params = np.zeros(m.settings["rays"], np.int32), m.params.to_numpy()
     for i, (_, width, height, lens) in enumerate(views.size):
         view = select_views(views, np.arange(len(views.size)) == i)
@@ -1397,7 +1626,8 @@ def read_arrays(path, machine, training=False):
                 rows, cells = m.n_rows, m.settings["grid"] ** 3
                 shapes = dict(params=(b"<f4", rows, k.N_FEATURES), moment=(b"<f4", 2 * rows, k.N_FEATURES),
                               density_grid=(b"<f4", cells), lit_step=(b"<i4", cells),
-                              occupancy=(b"<u4", cells // 2048 * 129), camera_train=(b"<f4", None, k.CAMERA),
+                              occupancy=(b"<u4", cells // 2048 * 129), time=(b"<f4", max(info["n_photos"], 1)),
+                              window=(b"<f4", 1), camera_train=(b"<f4", None, k.CAMERA),
                               camera_test=(b"<f4", None, k.CAMERA), camera_test_size=(b"<i4", None, 4))
                 wanted = m.KEPT if training else [*m.DRAWN, "camera_train", "camera_test", "camera_test_size"]
                 shapes = {name: shapes[name] for name in wanted}
@@ -1649,7 +1879,8 @@ def machine_settings(name, machine, unbounded=0):
 
 def count_photos(name, scene):
     """How many photographs get codes."""
-    return len(scene.train.size) if scene.capture or MODELS[name].make is WildModel else 0
+    make = MODELS[name].make
+    return len(scene.train.size) if scene.capture or make is WildModel or make.moves else 0
 
 
 def check_model(name, space):
@@ -1988,7 +2219,7 @@ def extract_mesh(m, resolution):
         if space.unbounded:
             k.contract_samples(m.counter, m.sample)
         k.hash_encode_forward(m.n_levels, m.counter, m.level, m.sample, m.params, m.feature)
-        shade(m, m.first_code + m.n_photos * m.n_code)
+        shade(m, neutral_code(m))
         rgb[first:first + n] = to_bytes(m.rgb_sigma.to_numpy()[:4 * n].reshape(n, 4)[:, :3])
     place = vertex.to_numpy()[:8 * n_vertices].reshape(-1, 8)[:, :3]
     return ((place - 0.5) * space.side + np.float32(space.center), rgb,
@@ -2271,14 +2502,15 @@ def measure_floors(m):
 def step_work(m, rays, marched, kept):
     """What a training step asks of each kernel: {name: (floor, amount)}, FLOPs of products or bytes that must be read
     and written at least. Marching and random numbers are counted by their bytes, although they mostly compute."""
-    forward = sum(2 * k.WIDTH * count_rows(net.n_in, net.n_hidden, net.n_out) for net in m.mlps)
+    flops = [2 * k.WIDTH * count_rows(net.n_in, net.n_hidden, net.n_out) for net in m.mlps]
+    forward = sum(flops[:2] if m.moves else flops)
     corners = 8 * m.n_levels * 4 * k.N_FEATURES                                  # bytes of table per sample
     work = dict(
         pick_pixels=("copy", 4 * rays), generate_rays=("copy", 60 * rays), count_samples=("copy", 44 * rays),
         sum_counts=("copy", 16 * rays), scan_blocks=("copy", 16 * rays // m.settings["block"]),
         claim_spans=("copy", 24 * rays), write_samples=("copy", 48 * rays + 16 * marched),
         hash_encode_forward=("gather", corners * marched),
-        probe_density=("product", 2 * k.WIDTH * (MLPS["density"][0] + 1) * marched),
+        probe_density=("product", 2 * k.WIDTH * (m.density.n_in + 1) * marched),
         mark_visible_samples=("copy", 16 * rays + 24 * marched),
         mark_lit_cells=("copy", 8 * rays + 28 * kept),
         keep_visible_samples=("copy", 16 * rays + 20 * marched + (20 + 4 * 2 * k.WIDTH) * kept),
@@ -2302,6 +2534,23 @@ def step_work(m, rays, marched, kept):
                     transient_input_backward=("copy", 192 * kept))
     if m.n_code:
         work.update(code_backward=("copy", 4 * (1 + m.n_code) * kept))
+    if m.moves:
+        picked, warp = 3 * m.n_picked, flops[2]                  # the warp: of all, of those kept, of those picked twice
+        each, back = sum(flops[2:]) * (marched + kept), sum(flops[2:]) * kept
+        work.update(
+            warp_input_forward=("copy", 276 * (marched + 2 * picked)), warp_forward=("copy", 56 * (marched + picked)),
+            mlp_forward=("product", forward * kept + each + 2 * warp * picked),
+            mlp_backward_input=("product", forward * kept + back + 3 * warp * picked),
+            mlp_backward_weight=("product", forward * kept + back + 3 * warp * picked),
+            keep_visible_samples=("copy", 2 * work["keep_visible_samples"][1]),
+            hash_position_backward=("gather", corners * kept), warp_backward=("copy", 80 * (kept + picked)),
+            code_backward=("copy", 4 * (1 + N_CODE) * (len(flops) - 2) * (kept + 2 * picked)),
+            weigh_samples=("copy", 4 * rays + 12 * kept), pick_kept_samples=("copy", 60 * picked),
+            warp_tangent_input=("copy", 276 * picked), mlp_tangent_forward=("product", warp * picked),
+            elastic_loss=("copy", 160 * picked), pick_static_points=("copy", 32 * picked),
+            pick_moments=("copy", 4 * picked), static_loss=("copy", 52 * picked))
+        if m.slices:
+            work.update(ambient_forward=("copy", 32 * marched), ambient_backward=("copy", 32 * kept))
     return work
 
 
