@@ -1261,6 +1261,12 @@ def set_moment(m, time):
         k.blend_codes(N_CODE, m.first_code, int(a), int(b), share, m.n_photos, m.params)
 
 
+def moments(m, n):
+    """Times of n frames, from the first photograph's to the last one's; 0 for scenes that stand still."""
+    times = m.time.to_numpy() if m.moves else np.zeros(1)
+    return np.linspace(times.min(), times.max(), n)
+
+
 # What a model is made of: its class; a training step, and the pixels of a picture, as lists of launches; the first and
 # last learning rate, if not those above; what differs in MACHINES; what its file says otherwise than MODEL_INFO has it.
 # Models that sample: number of networks; whether fine samples are added to coarse ones; where in its part of the ray
@@ -1628,8 +1634,10 @@ def read_arrays(path, machine, training=False):
                               density_grid=(b"<f4", cells), lit_step=(b"<i4", cells),
                               occupancy=(b"<u4", cells // 2048 * 129), time=(b"<f4", max(info["n_photos"], 1)),
                               window=(b"<f4", 1), camera_train=(b"<f4", None, k.CAMERA),
-                              camera_test=(b"<f4", None, k.CAMERA), camera_test_size=(b"<i4", None, 4))
-                wanted = m.KEPT if training else [*m.DRAWN, "camera_train", "camera_test", "camera_test_size"]
+                              camera_test=(b"<f4", None, k.CAMERA), camera_test_size=(b"<i4", None, 4),
+                              camera_test_time=(b"<f4", None))
+                wanted = m.KEPT if training else [*m.DRAWN, "camera_train", "camera_test", "camera_test_size",
+                                                  *(["camera_test_time"] if m.moves else [])]
                 shapes = {name: shapes[name] for name in wanted}
                 if sorted(file.namelist()) != sorted(name + ".npy" for name in ["info", *shapes]):
                     raise ValueError("it holds other arrays")
@@ -2080,7 +2088,8 @@ def command_train(args):
 
     if not total["complete"]:
         print(f"interrupted at step {total['steps']}: 'train --resume {out}' goes on; the result so far follows")
-    cameras = dict(train=scene.train.camera, test=scene.test.camera, test_size=scene.test.size)
+    cameras = dict(train=scene.train.camera, test=scene.test.camera, test_size=scene.test.size,
+                   **(dict(test_time=scene.test.time) if m.moves else {}))
     save_model(os.path.join(out, "model.npz"), m, info, cameras)
 
     draw_history(os.path.join(out, "history.png"), log_path)
@@ -2091,8 +2100,12 @@ def command_train(args):
                    samples_per_second=total["samples"] / total["train_seconds"],
                    rays_per_second=total["rays"] / total["train_seconds"], rays_dropped=total["rays_dropped"])
     path = orbit_cameras(scene.train.camera, settings["frames"])
-    write_frames(os.path.join(out, "orbit.mp4"), (to_bytes(render_view(m, camera, width, height)[0])
-                                                  for camera in path), len(path))
+
+    def frames():
+        for camera, moment in zip(path, moments(m, len(path))):
+            set_moment(m, moment)
+            yield to_bytes(render_view(m, camera, width, height)[0])
+    write_frames(os.path.join(out, "orbit.mp4"), frames(), len(path))
     metrics.update(peak_memory_mb=peak_memory_mb(), arch=arch, device=device, seed=args.seed,
                    taichi=".".join(map(str, ti.__version__)), version=VERSION)
     with replacing(os.path.join(out, "metrics.json")) as file:
@@ -2141,33 +2154,46 @@ def measure(m, views, out=None):
 
 def command_render(args):
     """tinynerf.py render: a video, or PNGs, from a run folder."""
-    if args.path not in ("orbit", "spiral", "test") and not os.path.isfile(args.path):
-        raise UserError(f"--path {args.path}: there is no such file", "give orbit, spiral, test, or a file of poses")
+    if args.path not in ("orbit", "spiral", "test", "still") and not os.path.isfile(args.path):
+        raise UserError(f"--path {args.path}: there is no such file",
+                        "give orbit, spiral, test, still, or a file of poses")
     arch, device = start_taichi(args.arch)
     m, info, cameras = load_model(args.run, "cpu" if arch == "cpu" else "gpu")
-    own = info["width"], info["height"]
+    own, times = (info["width"], info["height"]), None
+    if (args.time is not None or args.path == "still") and not m.moves:
+        raise UserError(f"{args.run} is of --model {m.name}, for which time stands still",
+                        "train --model nerfies knows scenes that move")
     if args.path in ("orbit", "spiral"):
         fit = orbit_cameras if args.path == "orbit" else spiral_cameras
         path, name = fit(cameras["train"], args.frames or 96), f"{args.path}.mp4"
         sizes = [(*own, 0)] * len(path)
     elif args.path == "test":
         path, sizes, name = cameras["test"], cameras["test_size"][:, 1:].tolist(), "test"
+        times = cameras.get("test_time")
+    elif args.path == "still":
+        path, name = np.repeat(cameras["test"][:1], args.frames or 96, 0), "still.mp4"
+        sizes = cameras["test_size"][:1, 1:].tolist() * len(path)
     else:
         path, sizes = read_path(args.path, own)
         name = os.path.splitext(os.path.basename(args.path))[0] + ".mp4"
     path, sizes = path[:args.frames], sizes[:args.frames]
+    if args.time is not None:
+        times = np.full(len(path), args.time)
+    elif times is None:
+        times = moments(m, len(path))
     out = args.out or os.path.join(args.run, ("depth_" if args.depth else "render_") + name)
     size = args.size or (sizes[0][:2] if os.path.splitext(out)[1] else None)             # frames of a video are alike
     span = []
 
-    def render(camera, width, height, lens):
+    def render(camera, moment, width, height, lens):
         new_size = size or (width, height)
+        set_moment(m, moment)
         rgb, depth = render_view(m, resize_camera(camera, (width, height), new_size), *new_size, lens)
         if args.depth:                               # one range for all frames: a video must not flicker
             span[:] = span or depth_range(depth)
         return depth_image(depth, *span) if args.depth else to_bytes(rgb)
 
-    frames = (render(camera, *old) for camera, old in zip(path, sizes))
+    frames = (render(camera, moment, *old) for camera, moment, old in zip(path, times, sizes))
     start = time.perf_counter()
     out = write_frames(out, frames, len(path))
     seconds = (time.perf_counter() - start) / len(path)
@@ -2248,8 +2274,8 @@ def command_mesh(args):
     if not out.lower().endswith(".ply"):
         raise UserError(f"cannot write a mesh as {out}", "end the name in .ply")
     check_fits("the mesh", 30 * (args.resolution + 1) ** 3 / 1e6, "use a smaller --resolution")
-    if not m.marches:
-        raise UserError(f"{args.run} is of --model {m.name}, which has no hash grid", "mesh knows ngp and nerfw")
+    if not m.marches or m.moves:
+        raise UserError(f"{args.run} is of --model {m.name}, which has no mesh", "mesh knows ngp and nerfw")
     place, rgb, triangles = extract_mesh(m, args.resolution)
     if not len(triangles):
         raise UserError(f"{args.run} has no surface: all of it is thin", "train it for longer")
@@ -2268,7 +2294,8 @@ def command_mesh(args):
 
 
 KEYS = ("drag: turn", "right drag, arrow keys: shift", "wheel, + and -: nearer, further", "c, d, o: color, depth, "
-        "occupied cells", "r: back to the start", "s: save the picture", "h: this help", "escape: quit")
+        "occupied cells", "comma, period: back and forth in time", "r: back to the start", "s: save the picture",
+        "h: this help", "escape: quit")
 
 
 def count_tiles(m, camera, width, height):
@@ -2302,6 +2329,7 @@ class Window:
         self.at, self.target = self.start = self.camera[3:12:4].astype(np.float64), target
         self.mode, self.help, self.note, self.wanted = "c", True, "", False      # wanted: the picture, in a file
         self.image, self.shown = np.ones((size[1], size[0], 3), np.float32), None            # shown: with the help
+        self.time = 0.0                              # of scenes that move
         self.scale, self.coarse = 0, 16              # pixels a ray: of the picture, 0 if there is none; while it moves
         self.cursor = None                           # where the mouse drags
         self.seconds = {"moving": [], "still": []}   # that pictures took
@@ -2353,6 +2381,10 @@ class Window:
                 gui.running = False
             elif key in (("c", "d", "o") if self.m.marches else ("c", "d")):
                 self.mode, changed = key, True
+            elif key in (",", ".") and self.m.moves:
+                first, second = moments(self.m, 21)[:2]
+                self.time, changed = self.time + (second - first) * (1 if key == "." else -1), True
+                set_moment(self.m, self.time)
             elif key == "r":
                 (self.at, self.target), changed = self.start, True
             elif key == "h":
@@ -2535,7 +2567,7 @@ def step_work(m, rays, marched, kept):
     if m.n_code:
         work.update(code_backward=("copy", 4 * (1 + m.n_code) * kept))
     if m.moves:
-        picked, warp = 3 * m.n_picked, flops[2]                  # the warp: of all, of those kept, of those picked twice
+        picked, warp = 3 * m.n_picked, flops[2]      # samples of the other losses
         each, back = sum(flops[2:]) * (marched + kept), sum(flops[2:]) * kept
         work.update(
             warp_input_forward=("copy", 276 * (marched + 2 * picked)), warp_forward=("copy", 56 * (marched + picked)),
@@ -2623,6 +2655,7 @@ def command_bench(args):
     seconds = {name: float(np.median(times)) for name, times in seconds.items()}
 
     floors, work = measure_floors(m), (step_work if m.marches else sampled_work)(m, rays, marched, kept)
+    work = {name: amount for name, amount in work.items() if seconds[name]}  # some have nothing to do in some scenes
     first, second = ("marched", "kept") if m.marches else ("coarse", "fine")
     print(f"{arch} ({device}), {args.scene} after {line['step']} steps: {rays} rays, {marched} samples {first}, "
           f"{kept} {second}\nfloors, by NumPy on the CPU: product {floors['product'] / 1e9:.0f} GFLOP/s, copy "
@@ -2785,6 +2818,11 @@ def parse_args(argv):
             raise argparse.ArgumentTypeError(f"{text} is not between 8 and 1024")
         return int(text)
 
+    def moment(text):
+        if not math.isfinite(float(text)):
+            raise argparse.ArgumentTypeError(f"{text} is not a time")
+        return float(text)
+
     parser = Parser(prog="tinynerf.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     parser_train = commands.add_parser("train", help="train on a scene and leave a run folder")
@@ -2802,7 +2840,8 @@ def parse_args(argv):
     parser_train.add_argument("--watch", action="store_true", help="leave a picture, live.png, every few seconds")
     parser_render = commands.add_parser("render", help="render a trained model")
     parser_render.add_argument("run", help="run folder")
-    parser_render.add_argument("--path", default="orbit", help="cameras: orbit, spiral, test, or a file of poses")
+    parser_render.add_argument("--path", default="orbit", help="cameras: orbit, spiral, test, still, a file of poses")
+    parser_render.add_argument("--time", type=moment, help="freeze what moves at this moment (default: it moves)")
     parser_render.add_argument("--frames", type=positive(int), help="how many (default: 96, or all there are)")
     parser_render.add_argument("--depth", action="store_true", help="distances instead of colors: near is white")
     parser_render.add_argument("--size", type=size, metavar="WxH", help="image size (default: the training images')")
