@@ -2511,7 +2511,7 @@ def small_family(monkeypatch):
         monkeypatch.setattr(tinynerf.MODELS[name], "settings", {MACHINE: dict(coarse=8, fine=8, blocks=1, batch=512)})
 
 
-@pytest.mark.parametrize("name", [*FAMILY, "nerfw"])
+@pytest.mark.parametrize("name", [*FAMILY, "nerfw", "nerfies", "hypernerf"])
 def test_family_commands(tiny, small_family, monkeypatch, capsys, name):
     """train --model, --resume, render, eval and bench do not work together for a model; a run that was interrupted ends
     other than one that was not; bench leaves out a kernel; or a file is taken for another model's."""
@@ -2519,6 +2519,7 @@ def test_family_commands(tiny, small_family, monkeypatch, capsys, name):
         tinynerf.MODELS[name].settings[MACHINE].update(coarse=4, fine=4, march=512, batch=256)
     shutil.rmtree("scene")
     write_scene(tiny / "scene", n_train=8, size=12)
+    np.save("scene/points.npy", np.float32([[0.1, 0.2, 0.3], [-0.4, 0.5, 0.6]]))             # which moving models read
     launched, plain = set(), {kernel: f for kernel, f in vars(k).items() if hasattr(f, "_is_wrapped_kernel")}
 
     def noted(kernel):
@@ -2551,6 +2552,14 @@ def test_family_commands(tiny, small_family, monkeypatch, capsys, name):
     capsys.readouterr()
     assert command("eval", "run") == 0
     assert f"{metrics['psnr']:.2f} dB" in capsys.readouterr().out
+    for i, options in enumerate((["--path", "still", "--frames", 2], ["--path", "test", "--time", 0.3])):
+        if tinynerf.MODELS[name].make.moves:
+            assert command("render", "run", *options, "--out", f"moments{i}") == 0
+        else:
+            assert "for which time stands still" in fails(capsys, "render", "run", *options)
+    if tinynerf.MODELS[name].make.moves and ON_CPU:  # time runs, or does not
+        still, frozen = ([imageio.imread(f"moments{i}/{frame:04d}.png") for frame in (0, 1)] for i in range(2))
+        assert (still[0] != still[1]).any() and (frozen[0] != imageio.imread("frames/0000.png")).any()
 
     with monkeypatch.context() as patch:
         for kernel in plain:
