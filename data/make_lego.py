@@ -9,7 +9,7 @@ own 128 colours, some 41 dB from the full render, far below a NeRF's error, for 
 are. `--wild` writes data/lego_wild: training views of another exposure and tint each, and with striped boards in front,
 as NeRF in the Wild's are; the test views are clean. `--moving` writes data/lego_moving: half as large, each view at a
 "time" from 0 to 1 in which the arm swings out, as D-NeRF's scenes are. `--appearing` writes data/lego_appearing: there,
-bricks appear and planks vanish besides, which no smooth warp explains. Both have points.npy, what does not move.
+bricks appear and planks vanish besides, which no smooth warp explains. Both have points.npy: points that never move.
 """
 import argparse
 import json
@@ -336,11 +336,11 @@ def main():
     parser = argparse.ArgumentParser(description="Render the brick-built scene of tinynerf.")
     parser.add_argument("--out", type=Path, help="folder (default: data/lego, or data/lego_OPTION)")
     group = parser.add_mutually_exclusive_group()
-    for kind, what in (("multiscale", "each view at four sizes"),
+    for name, what in (("multiscale", "each view at four sizes"),
                        ("wild", "training views that differ, with boards in front"),
                        ("moving", "each view at a time of its own; the arm moves"),
                        ("appearing", "the same; bricks appear and others vanish")):
-        group.add_argument(f"--{kind}", dest="kind", action="store_const", const=kind, help=what)
+        group.add_argument(f"--{name}", dest="kind", action="store_const", const=name, help=what)
     args = parser.parse_args()
     kind, appearing, moves = args.kind, args.kind == "appearing", args.kind in ("moving", "appearing")
     out, size = args.out or Path(__file__).parent / (f"lego_{kind}" if kind else "lego"), SIZE // (1 + moves)
@@ -352,9 +352,10 @@ def main():
                           ("test", [(0.4 + 0.24 * pi * k, radians(6 + 2.75 * k)) for k in range(TEST)])):
         (out / split).mkdir(parents=True, exist_ok=True)
         scene = {"camera_angle_x": ANGLE_X, "frames": []}
-        times = (np.linspace(0, TRAIN - 1, len(angles)).astype(int) / (TRAIN - 1)).tolist()  # all of training views
-        for k, (a, e) in enumerate(np.random.default_rng(7).permutation(angles) if moves else angles):
-            # azimuth, elevation: in an order that has nothing to do with time
+        times = (np.linspace(0, TRAIN - 1, len(angles)).astype(int) / (TRAIN - 1)).tolist()  # those of training views
+        if moves:  # the way the cameras go has nothing to do with time
+            angles = np.random.default_rng(7).permutation(angles)
+        for k, (a, e) in enumerate(angles):  # azimuth, elevation
             back, right = np.array((cos(a) * cos(e), sin(a) * cos(e), sin(e))), (-sin(a), cos(a), 0)
             pose = np.vstack([np.stack([right, np.cross(back, right), back, DISTANCE * back], 1), (0, 0, 0, 1)])
             more, rng = {"time": times[k]} if moves else {}, np.random.default_rng(k)
