@@ -3405,6 +3405,93 @@ def test_kernels_are_portable(tmp_path, restart_taichi):
         assert all(root not in kind and kind.count(ndarray) <= 8 for kind in kinds), kernel["name"]
 
 
+# ---- The scene that ships -------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def lego(restart_taichi):
+    """data/make_lego.py, for a few small views."""
+    spec = importlib.util.spec_from_file_location("make_lego", os.path.join(HERE, "data", "make_lego.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.SIZE, module.SAMPLES, module.TRAIN, module.TEST = 32, 3, 4, 2
+    return module
+
+
+def make(lego, out, monkeypatch, *options):
+    """Run make_lego.py. Returns its PNGs by name, and the frames of each split."""
+    monkeypatch.setattr(sys, "argv", ["make_lego.py", "--out", str(out), *options])
+    lego.main()
+    return {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*.png")}, {
+        split: json.loads((out / f"transforms_{split}.json").read_text())["frames"] for split in ("train", "test")}
+
+
+def test_lego(lego, tmp_path, monkeypatch):
+    """At several sizes data/lego is not the same picture at each; or in the wild test views change or others do not."""
+    clean, several = make(lego, tmp_path / "a", monkeypatch, "--multiscale")
+    wild, frames = make(lego, tmp_path / "b", monkeypatch, "--wild")
+    assert several == {split: [dict(frame, file_path=frame["file_path"] + end) for frame in frames[split]
+                               for end in ("", "_2", "_4", "_8")] for split in frames}
+    assert sorted(clean) == sorted(f["file_path"][2:] + ".png" for f in several["train"] + several["test"])
+    clean, wild = ({name: imageio.imread(x) / 255 for name, x in pictures.items()} for pictures in (clean, wild))
+    for name, x in clean.items():
+        n = int(name[-5]) if name.count("_") == 2 else 1
+        whole = clean[name.replace(f"_{n}.png", ".png") if n > 1 else name].reshape(32 // n, n, 32 // n, n, 4)
+        assert_close("alpha", x[..., 3], whole[..., 3].mean((1, 3)), 0.01)
+        assert_close("colour", x[..., :3] * x[..., 3:], (whole[..., :3] * whole[..., 3:]).mean((1, 3)), 0.1)
+    gains = [(wild[name] / np.maximum(clean[name], 0.01))[clean[name][..., 3] == 1][:, :3] for name in sorted(wild)]
+    assert len(gains) == 6 and all(np.ptp(gain) == 0 for gain in gains[:2]), "test views"
+    gain = np.array([np.median(gain, 0) for gain in gains[2:]])
+    assert np.ptp(gain.mean(1)) > 0.1 and np.ptp(gain / gain.mean(1, keepdims=True), 0).min() > 0.05, "exposures, tints"
+    assert all((wild[name][..., 3] >= clean[name][..., 3]).all() for name in wild), "boards"
+    assert np.mean([gain.std(0) for gain in gains[2:]]) > 0.2, "boards"
+
+
+def distance_to_faces(primitives, points):
+    """From points to the hull of the nearest box or cylinder (those of make_lego.py) [n], in studs."""
+    nearest = np.full(len(points), np.inf)
+    for kind, centre, half, axes, *_ in primitives:
+        x = (points - centre) @ np.transpose(axes)
+        x = np.abs(x) if kind == 0 else np.stack([np.hypot(x[:, 0], x[:, 2]), np.abs(x[:, 1])], 1)
+        nearest = np.minimum(nearest, np.abs((x - half[:x.shape[1]]).max(1)))
+    return nearest
+
+
+@pytest.mark.parametrize("name", ["moving", "appearing"])
+def test_lego_in_time(lego, tmp_path, monkeypatch, name):
+    """Views have no time or show another, the wrong things move, or what points.npy says is at rest is not."""
+    lego.SIZE, lego.TRAIN = 64, 3
+    pictures, frames = make(lego, tmp_path / "scene", monkeypatch, f"--{name}")
+    assert [[frame["time"] for frame in frames[split]] for split in frames] == [[0, 0.5, 1], [0, 1]]
+    heights = [frame["transform_matrix"][2][3] for frame in frames["train"]]
+    assert heights not in (sorted(heights), sorted(heights)[::-1]), "time follows place"
+    parts, fields = [lego.assemble(time, name == "appearing") for time in (0, 1, 1)], ()
+    points = np.load(tmp_path / "scene" / "points.npy", allow_pickle=False)
+    assert points.dtype == np.float32 and points.shape == (60, 3) and len(np.unique(points, axis=0)) == 60
+    for primitives in parts:
+        distance = distance_to_faces(primitives, (points - (0, 0, lego.GROUND)) / lego.STUD)
+        assert (distance < 1e-3).mean() > 0.95, "but for some in bores"
+
+    pose, images, hits = np.eye(4), *np.empty((2, 3, 32, 32, 4), np.float32)
+    pose[:3] = look_at((2.4, -2.6, 1.9), (0.0, 0.0, 0.0), 1, 1, 1)[:12].reshape(3, 4)
+    poses = [pose, pose, np.array(frames["train"][2]["transform_matrix"])]
+    for pose, primitives, image, hit in zip(poses, parts, images, hits):
+        fields = lego.build(primitives, fields)
+        lego.render(*fields, ti.Matrix(pose), 32, image, hit)
+    lego.write_png(tmp_path / "again.png", images[2])
+    assert (tmp_path / "again.png").read_bytes() == pictures["train/r_2.png"]
+
+    first, last = hits[:2, ..., 3].astype(int)  # primitives that one camera sees; the last pixel of each is clear
+    moves = np.array([not np.array_equal(p[1], q[1]) for p, q in zip(*parts[:2])] + [False])
+    plate = np.array([p[1][2] < 0 for p in parts[0]] + [False])
+    same, change = plate[first] & (first == last), np.abs(images[0] - images[1]).max(-1)
+    assert np.array_equal(hits[0][same], hits[1][same]) and same.mean() > 0.05 and not (moves & plate).any()
+    assert (change[same] < 0.01).mean() > 0.7, "the plate, but for shadows"
+    assert 0.01 < moves[first].mean() < 0.1 and (change[moves[first]] > 0.1).mean() > 0.5, "the arm"
+    red, green, blue = np.moveaxis(images[:2, ..., :3], -1, 0)
+    purple = ((blue > red + 0.1) & (red > green + 0.1)).mean((1, 2))
+    assert purple[0] == 0 and (purple[1] > 0.01 if name == "appearing" else purple[1] == 0), "bricks"
+
+
 # ---- Other pose formats ---------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="session")

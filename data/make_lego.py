@@ -7,7 +7,9 @@ own 128 colours, some 41 dB from the full render, far below a NeRF's error, for 
 
 `--multiscale` writes data/lego_multiscale instead: each view at 1, 1/2, 1/4 and 1/8 of its size, as mip-NeRF's scenes
 are. `--wild` writes data/lego_wild: training views of another exposure and tint each, and with striped boards in front,
-as NeRF in the Wild's are; the test views are clean.
+as NeRF in the Wild's are; the test views are clean. `--moving` writes data/lego_moving: half as large, each view at a
+"time" from 0 to 1 in which the arm swings out, as D-NeRF's scenes are. `--appearing` writes data/lego_appearing: there,
+bricks appear and planks vanish besides, which no smooth warp explains. Both have points.npy: points that never move.
 """
 import argparse
 import json
@@ -21,10 +23,13 @@ from PIL import Image
 from taichi.math import mat3, mat4, mix, sign, smoothstep, vec2, vec3, vec4
 
 SIZE, SAMPLES, ANGLE_X, DISTANCE, PALETTE = 400, 21, 0.6911112070083618, 4.03, 128
+TRAIN, TEST = 100, 25  # views
+SWING = np.radians((6, 32, 30))  # the turns of boom, stick and bucket from time 0 to 1
 STUD, GROUND = 0.072, -0.37  # world units from stud to stud; world z of the plate's top
 FAR, EPS, BOX, CYLINDER = 1e9, 1e-3, 0, 1  # limits of a ray's hits, in studs; kinds of primitives
 COLOURS = dict(yellow="f4b41a", sand="b99a62", red="c4281c", blue="2a5caa", white="f2f0e8", tan="d8c08c", dark="565a5e",
-               light="a3a6a8", black="26282b", orange="ee7420", brown="6e4526", green="4f9440", lime="86b84a")
+               light="a3a6a8", black="26282b", orange="ee7420", brown="6e4526", green="4f9440", lime="86b84a",
+               purple="8e3fc0")
 Prim = ti.types.struct(kind=ti.i32, centre=vec3, half=vec3, axes=mat3, colour=vec3, bore=ti.f32, stripes=vec3)
 Node = ti.types.struct(lo=vec3, hi=vec3, skip=ti.i32, prim=ti.i32)
 
@@ -82,8 +87,8 @@ class Scene(list):
                      bore=0.27, n=2, step=(0, 2 * gap, 0))
 
 
-def excavator(s, mid=-1.5):
-    """Tracks with a dozer blade; on them, turned, the house and the arm (in the plane y = mid)."""
+def excavator(s, time=0, mid=-1.5):
+    """Tracks with a dozer blade; on them, turned, the house and the arm (in the plane y = mid), moving in time."""
     for y in (-4.6, 4.6):  # two tracks of 40 separate links around spoked wheels
         s.place((-2, y, 2.3))
         for k in range(40):  # over the top and round a wheel; the way back is its point reflection
@@ -124,26 +129,34 @@ def excavator(s, mid=-1.5):
     for x, y, z, height, r, colour in ((-3.5, -2, 4, 1.6, 0.4, "light"), (-2, -2, 4, 2, 0.3, "black"),
                                        (1, 1, 6, 1, 0.3, "orange"), (0, 4, 6, 3, 0.15, "black")):
         s.rod((x, y, z), (0, 0, height), r, colour, 0.7 * r * (z == 4))
-    a, b, c, d, e = joints = np.array(((1.5, 1.6), (4.75, 8.9), (10.6, 10.2), (11.6, 3.2), (9.7, 12)))  # (x, z)
-    for x, z in joints:
+    arm = np.array(((1.5, 1.6), (4.75, 8.9), (4.95, 9.9), (10.6, 10.2), (9.7, 12), (11.6, 9.6), (11.6, 3.2),
+                    (12.7, 2.7), (11.9, 1.3), (10.9, -0.415)))  # (x, z): joints, ends of pistons, bucket, its teeth
+    for k, angle in zip((0, 3, 6), time * SWING):  # boom, stick, bucket: a hinge turns all points after it
+        arm[k + 1:] += (arm[k + 1:] - arm[k]) @ ((cos(angle) - 1, sin(angle)), (-sin(angle), cos(angle) - 1))
+    a, b, f, c, e, g, d, h, bucket, teeth = arm
+    for x, z in (a, b, c, d, e):
         s.rod((x, mid - 1.6, z), (0, 3.2, 0), 0.24, "red", 0.12)
     for p, q in ((a, b), (b, c), (e, d)):
         s.beams(p, q, mid, 1)
-    for p, q, y in (((3.7, 0.9), a + 0.66 * (b - a), 1.75), (b + (0.2, 1), e, 0), (c + (1, -0.6), d + (1.1, -0.5), 0)):
+    for p, q, y in (((3.7, 0.9), a + 0.66 * (b - a), 1.75), (f, e, 0), (g, h, 0)):
         for u, r, colour in ((0.6, 0.3, "dark"), (1, 0.13, "light")):  # a piston's barrel and its rod; two by the boom
             s.rod(np.insert(p, 1, mid - y), np.insert(u * (q - p), 1, 0), r, colour, n=1 + (y > 0), step=(0, 2 * y, 0))
-    for p, q in zip(joints, joints[1:4]):  # zigzag of thin rods between the beams
+    for p, q in ((a, b), (b, c), (c, d)):  # zigzag of thin rods between the beams
         for k, y in enumerate((0.6, -0.6) * 7):
             s.rod(np.insert(p + (q - p) * k / 14, 1, mid + y), np.insert((q - p) / 14, 1, -2 * y), 0.075, "dark")
-    x, z = d + (0.3, -1.9)
-    for out in [np.array((cos(a), 0, sin(a))) for a in np.radians(range(-100, 126, 25))]:  # bucket: back, side plates
+    (x, z), turn = bucket, time * SWING.sum()
+    for out in [np.array((cos(a), 0, sin(a))) for a in np.radians(range(-100, 126, 25)) + turn]:  # its back, sides
         s.add(BOX, (x, mid, z) + 1.75 * out, (0.12, 2, 0.38), "dark", out)
         s.add(BOX, (x, mid - 1.9, z) + out, (0.8, 0.1, 0.38), "dark", out, n=2, step=(0, 3.8, 0))
-    s.box((x - 1.5, mid - 1.95, z - 1.84), (1, 0.5, 0.25), "light", n=5, step=(0, 0.85, 0))
+    s.add(BOX, np.insert(teeth, 1, mid - 1.7), (0.5, 0.25, 0.125), "light", (cos(turn), 0, sin(turn)), n=5,
+          step=(0, 0.85, 0))
 
 
-def site(s, rng):
-    """Plate of 28 x 24 studs, tiled in stone and grass, with a container, a barrier, cones and a heap of bricks."""
+def site(s, rng, time=None):
+    """Plate of 28 x 24 studs, tiled in stone and grass, with a container, a barrier, cones and a heap of bricks.
+
+    With a time, a tower appears brick by brick, and the barrier's planks vanish. What is not there hides within the
+    container: the primitives stay as many."""
     s.place((0, 0, 0))
     s.bricks(-14, -12, -0.7, 28, 24, "dark", 1, 0.4)
     for x, y in np.ndindex(26, 22):
@@ -151,8 +164,14 @@ def site(s, rng):
         s.tiles(x - 13, y - 11, -0.3, 1, 1, "lime" if grass else ("tan", "white")[int(rng.random() < 0.5)])
     s.box((-12.4, -10.8, 0), (12.3, 3, 3.4), "white", stripes=(4, 0, 0))  # container of ribbed sheets
     s.box((-8, 9.7, 0), (0.3, 0.3, 3.4), "dark", n=9, step=(1.5, 0, 0))
+    if time is not None:
+        for k in range(7):  # not from the ground up: it could be sliding out of the plate then
+            x, y, z = (6, -11, 1.2 * k) if time > 0.2 + 0.1 * (3 * k % 7) else (-8, -10.7, 1)
+            s.bricks(x, y, z, 4, 2, "purple")
+        s.place((0, 0, 0) if time < 0.5 else (-4.25, -18.8, 0))
     for k in range(48):  # barrier
         s.box((0.25 * k - 8, 9.4, 1.1), (0.25, 0.3, 0.8), ("red", "white")[k % 2], n=2, step=(0, 0, 1.3))
+    s.place((0, 0, 0))
     for k in range(10):  # cones
         for x, y in ((11.5, -2.5), (11.5, -7.5), (4.5, -8.5), (10.5, 9), (6.5, 9.5)):
             s.rod((x, y, k / 4), (0, 0, 0.45), 0.7 - 0.06 * k if k else 1, "white" if k in (3, 4, 7) else "orange")
@@ -163,11 +182,18 @@ def site(s, rng):
         s.bricks(-0.5, -0.5, 0, rng.integers(1, 3), 1, colour, 1, 0.8)
 
 
-def build():
-    """Yield two taichi fields: primitives; the tree of their bounds, depth first (skip: where a ray goes on a miss)."""
-    s, nodes = Scene(), []
-    excavator(s)
-    site(s, np.random.default_rng(7))
+def assemble(time=0, appearing=False):
+    """All primitives at a time in [0, 1]: the same ones in the same order at each."""
+    s = Scene()
+    excavator(s, time)
+    site(s, np.random.default_rng(7), time if appearing else None)
+    return s
+
+
+def build(s, fields=()):
+    """Two taichi fields, made or refilled: primitives; the tree of their bounds, depth first (skip: where a ray goes on
+    a miss)."""
+    nodes = []
     centre, half, axes = (np.array(c) for c in list(zip(*s))[1:4])
     reach, parts = np.einsum("nij,ni->nj", abs(axes), half) + 0.002, [np.arange(len(s))]
     while parts:  # a part of n primitives becomes a subtree of 2 n - 1 nodes
@@ -176,10 +202,11 @@ def build():
         nodes.append(((x - r).min(0), (x + r).max(0), len(nodes) + 2 * n - 1, ids[0] if n == 1 else -1))
         if n > 1:  # halve it along its longest side
             parts += np.array_split(ids[np.argsort(x[:, np.ptp(x, axis=0).argmax()], kind="stable")], 2)[::-1]
-    for kind, rows in ((Prim, s), (Node, nodes)):
-        field, dtypes = kind.field(shape=len(rows)), dict(kind="i4", skip="i4", prim="i4")
+    fields = fields or (Prim.field(shape=len(s)), Node.field(shape=len(nodes)))
+    for field, rows in zip(fields, (s, nodes)):
+        dtypes = dict(kind="i4", skip="i4", prim="i4")
         field.from_numpy({k: np.array(c, dtypes.get(k, "f4")) for k, c in zip(field.keys, zip(*rows))})
-        yield field
+    return fields
 
 
 @ti.func
@@ -253,16 +280,20 @@ def shade(prims, nodes, i, x, d, n_local, u, v):
 
 
 @ti.kernel
-def render(prims: ti.template(), nodes: ti.template(), pose: mat4, image: ti.types.ndarray(vec4, ndim=2)):
-    """Straight-alpha sRGB image (SIZE, SIZE) from the camera-to-world matrix `pose`."""
+def render(prims: ti.template(), nodes: ti.template(), pose: mat4, size: ti.template(),
+           image: ti.types.ndarray(vec4, ndim=2), hits: ti.types.ndarray(vec4, ndim=2)):
+    """Straight-alpha sRGB image (size, size) from the camera-to-world matrix `pose`; for each pixel a point seen in it,
+    in studs, and its primitive (-1 where all is clear)."""
     for row, col in image:
+        hits[row, col] = vec4(-1)
         o, total = (pose @ vec4(0, 0, 0, 1)).xyz / STUD - vec3(0, 0, GROUND / STUD), vec4(0)  # of hits: colour, count
         for k in range(SAMPLES):  # a Fibonacci lattice: frac(k / 21), frac(13 k / 21)
             u, v, w = [((m * k) % SAMPLES + 0.5) / SAMPLES for m in ti.static((1, 13, 8))]
-            x, y = 2 * (col + u) / SIZE - 1, 1 - 2 * (row + v) / SIZE
+            x, y = 2 * (col + u) / size - 1, 1 - 2 * (row + v) / size
             d = (pose @ vec4(ti.tan(ANGLE_X / 2) * vec2(x, y), -1, 0)).xyz.normalized()
             t, i, n = trace(prims, nodes, o, d, FAR, False)
             if i >= 0:
+                hits[row, col] = vec4(o + t * d, i)
                 total += vec4(shade(prims, nodes, i, o + t * d, d, n, v, w), 1)
         image[row, col] = vec4((total.xyz / max(total.w, 1)) ** (1 / 2.2), total.w / SAMPLES)
 
@@ -303,28 +334,45 @@ def write_png(path, image):
 def main():
     """Render all views and write the folder: 100 from over the upper hemisphere to train on, 25 on a spiral to test."""
     parser = argparse.ArgumentParser(description="Render the brick-built scene of tinynerf.")
-    parser.add_argument("--out", type=Path, help="folder (default: data/lego, data/lego_multiscale, data/lego_wild)")
-    kind = parser.add_mutually_exclusive_group()
-    kind.add_argument("--multiscale", action="store_true", help="each view at four sizes")
-    kind.add_argument("--wild", action="store_true", help="training views that differ, with boards in front")
+    parser.add_argument("--out", type=Path, help="folder (default: data/lego, or data/lego_OPTION)")
+    group = parser.add_mutually_exclusive_group()
+    for name, what in (("multiscale", "each view at four sizes"),
+                       ("wild", "training views that differ, with boards in front"),
+                       ("moving", "each view at a time of its own; the arm moves"),
+                       ("appearing", "the same; bricks appear and others vanish")):
+        group.add_argument(f"--{name}", dest="kind", action="store_const", const=name, help=what)
     args = parser.parse_args()
-    out = args.out or Path(__file__).parent / f"lego{'_multiscale' * args.multiscale}{'_wild' * args.wild}"
+    kind, appearing, moves = args.kind, args.kind == "appearing", args.kind in ("moving", "appearing")
+    out, size = args.out or Path(__file__).parent / (f"lego_{kind}" if kind else "lego"), SIZE // (1 + moves)
     ti.init(arch=ti.cpu)
-    (prims, nodes), image = build(), np.empty((SIZE, SIZE, 4), np.float32)
-    for split, angles in (("train", [(k * pi * (3 - sqrt(5)), asin(0.025 + 0.00976 * k)) for k in range(100)]),
-                          ("test", [(0.4 + 0.24 * pi * k, radians(6 + 2.75 * k)) for k in range(25)])):
+    first, last = assemble(0, appearing), assemble(1, appearing)
+    still = np.array([all(map(np.array_equal, p[1:4], q[1:4])) for p, q in zip(first, last)] + [False])  # [-1]: no hit
+    fields, image, hits, points = build(first), *np.empty((2, size, size, 4), np.float32), []
+    for split, angles in (("train", [(k * pi * (3 - sqrt(5)), asin(0.025 + 0.00976 * k)) for k in range(TRAIN)]),
+                          ("test", [(0.4 + 0.24 * pi * k, radians(6 + 2.75 * k)) for k in range(TEST)])):
         (out / split).mkdir(parents=True, exist_ok=True)
         scene = {"camera_angle_x": ANGLE_X, "frames": []}
+        times = (np.linspace(0, TRAIN - 1, len(angles)).astype(int) / (TRAIN - 1)).tolist()  # those of training views
+        if moves:  # the way the cameras go has nothing to do with time
+            angles = np.random.default_rng(7).permutation(angles)
         for k, (a, e) in enumerate(angles):  # azimuth, elevation
             back, right = np.array((cos(a) * cos(e), sin(a) * cos(e), sin(e))), (-sin(a), cos(a), 0)
             pose = np.vstack([np.stack([right, np.cross(back, right), back, DISTANCE * back], 1), (0, 0, 0, 1)])
-            render(prims, nodes, ti.Matrix(pose), image)
-            shown = disturb(image, np.random.default_rng(k)) if args.wild and split == "train" else image
-            for n in (1, 2, 4, 8) if args.multiscale else (1,):
+            more, rng = {"time": times[k]} if moves else {}, np.random.default_rng(k)
+            if moves:
+                build(assemble(times[k], appearing), fields)
+            render(*fields, ti.Matrix(pose), size, image, hits)
+            if moves and split == "train":
+                seen = hits[still[hits[..., 3].astype(int)]]
+                points.append(STUD * rng.choice(seen[:, :3], 20, replace=False) + (0, 0, GROUND))
+            shown = disturb(image, rng) if kind == "wild" and split == "train" else image
+            for n in (1, 2, 4, 8) if kind == "multiscale" else (1,):
                 name = f"r_{k}" if n == 1 else f"r_{k}_{n}"
                 write_png(out / split / f"{name}.png", shrink(shown, n) if n > 1 else shown)
-                scene["frames"].append({"file_path": f"./{split}/{name}", "transform_matrix": pose.tolist()})
+                scene["frames"].append({"file_path": f"./{split}/{name}", "transform_matrix": pose.tolist()} | more)
         (out / f"transforms_{split}.json").write_text(json.dumps(scene, indent=1))
+    if moves:
+        np.save(out / "points.npy", np.concatenate(points).astype(np.float32))
 
 
 if __name__ == "__main__":
