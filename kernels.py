@@ -2394,9 +2394,12 @@ def uncertainty_backward(n_rays: ti.i32, strength: ti.f32, counter: i32buf, ray_
 # the samples as they were marched: the occupancy grid is one of places where something is at any moment.
 
 @ti.func
-def window_of(alpha, l):
-    """How far wave l is let in while training goes from coarse to fine (equation 8); alpha grows, from 0 on."""
-    return 0.5 - 0.5 * ti.cos(3.14159265 * ti.math.clamp(alpha - l, 0.0, 1.0))
+def windows(alpha):
+    """How far each wave is let in while training goes from coarse to fine (equation 8); alpha grows, from 0 on."""
+    w = ti.Vector([0.0 for _ in range(WARP_FREQUENCIES)])
+    for l in ti.static(range(WARP_FREQUENCIES)):
+        w[l] = 0.5 - 0.5 * ti.cos(3.14159265 * ti.math.clamp(alpha - l, 0.0, 1.0))
+    return w
 
 
 @ti.kernel
@@ -2407,7 +2410,7 @@ def warp_input_forward(n_rays: ti.i32, n_code: ti.i32, first: ti.i32, window: f3
         (w_l sin(2^l pi p_c), w_l cos(2^l pi p_c) for l < L, c < 3;  p;  1;  0 ...)         L = WARP_FREQUENCIES
 
     in the first 32 entries, then CODE_SCALE code.
-    window      [1]                       in    alpha, see window_of
+    window      [1]                       in    alpha, see `windows`
     ray_span    [n_rays, 2]               in    first sample, number of samples
     seen        [n_samples, 5]            in    position, t, dt
     ray_view    [n_rays]                  in
@@ -2416,16 +2419,16 @@ def warp_input_forward(n_rays: ti.i32, n_code: ti.i32, first: ti.i32, window: f3
     thread      one per ray, which owns its samples
     """
     for r in range(n_rays):
+        w = windows(window[0])
         for i in range(ray_span[2 * r], ray_span[2 * r] + ray_span[2 * r + 1]):
             for c in ti.static(range(2 * OUTPUT)):
                 warp_input[i][c] = 0.0
             for c in range(3):
                 p = 2.0 * seen[5 * i + c] - 1.0
                 turns = 0.5 * p
-                for l in range(WARP_FREQUENCIES):
+                for l in ti.static(range(WARP_FREQUENCIES)):
                     s_wave, c_wave = wave(turns)
-                    warp_input[i][6 * l + 2 * c] = window_of(window[0], l) * s_wave
-                    warp_input[i][6 * l + 2 * c + 1] = window_of(window[0], l) * c_wave
+                    warp_input[i][6 * l + 2 * c], warp_input[i][6 * l + 2 * c + 1] = w[l] * s_wave, w[l] * c_wave
                     turns *= 2.0
                 warp_input[i][6 * WARP_FREQUENCIES + c] = p
             warp_input[i][6 * WARP_FREQUENCIES + 3] = 1.0
@@ -2669,13 +2672,13 @@ def warp_tangent_input(window: f32buf, counter: i32buf, sample: f32buf, tangent_
     for i in range(counter[0]):
         for c in ti.static(range(WIDTH)):
             tangent_input[i][c] = 0.0
-        axis = i % 3
+        axis, w = i % 3, windows(window[0])
         turns = sample[5 * i + axis] - 0.5
         slope = 6.2831853
-        for l in range(WARP_FREQUENCIES):
+        for l in ti.static(range(WARP_FREQUENCIES)):
             s_wave, c_wave = wave(turns)
-            tangent_input[i][6 * l + 2 * axis] = window_of(window[0], l) * slope * c_wave
-            tangent_input[i][6 * l + 2 * axis + 1] = -window_of(window[0], l) * slope * s_wave
+            tangent_input[i][6 * l + 2 * axis] = slope * w[l] * c_wave
+            tangent_input[i][6 * l + 2 * axis + 1] = -slope * w[l] * s_wave
             turns *= 2.0
             slope *= 2.0
         tangent_input[i][6 * WARP_FREQUENCIES + axis] = 2.0

@@ -2395,6 +2395,26 @@ def test_static_loss(rng):
         assert_close("picked weights", picked_weight.to_numpy(), weight[which] * 40 / (n * 9), 1e-6)
 
 
+def test_set_moment(rng):
+    """A moment between two photographs is not shown with what lies between their codes; or one beyond the first and the
+    last, or at equal times, with no code at all."""
+    time = np.float32([0.5, 0.1, 0.9, 0.5])
+    m = tinynerf.MODELS["nerfies"].make(TINY, BOX, 4)
+    m.time.from_numpy(time)
+    codes = uniform(rng, 5, 8)
+    params = m.params.to_numpy().ravel()
+    params[m.first_code:m.first_code + 40] = codes.ravel()
+    for moment, want in ((0.3, (codes[1] + codes[0]) / 2), (0.6, 0.75 * codes[3] + 0.25 * codes[2]), (0.5, codes[0]),
+                         (-7.0, codes[1]), (2.0, codes[2])):
+        m.params.from_numpy(params.reshape(-1, F))
+        tinynerf.set_moment(m, moment)
+        got = m.params.to_numpy().ravel()
+        assert_close(f"moment {moment}", got[m.first_code + 32:m.first_code + 40], want, 1e-5)
+        got[m.first_code + 32:m.first_code + 40] = params[m.first_code + 32:m.first_code + 40]
+        assert np.array_equal(got, params)
+    assert_close("moments", tinynerf.moments(m, 3), [0.1, 0.5, 0.9], 1e-6)
+
+
 def ambient_model(w):
     """What the density MLP gets of ambient coordinates [n, 2]."""
     return np.hstack([w, frequency_model(w, k.AMBIENT_FREQUENCIES)[:, :4 * k.AMBIENT_FREQUENCIES]])
@@ -4023,6 +4043,12 @@ SCENE_MISTAKES = {
         (s / "train" / "r_1.png").read_bytes()[:-60])),
     "no image at all": ("r_1.png", lambda s: (s / "train" / "r_1.png").write_bytes(b"GIF? no: nothing at all" * 9)),
     "empty image": ("r_1.png", lambda s: (s / "train" / "r_1.png").write_bytes(b"")),
+    "time": ("time = -1e+30", lambda s: change_json(
+        s / "transforms_train.json", lambda m: m["frames"][1].update(time=-1e30))),
+    "flat points": ("points.npy", lambda s: np.save(s / "points.npy", np.zeros(6))),
+    "pickled points": ("points.npy", lambda s: np.save(s / "points.npy", np.array([[{}] * 3]), allow_pickle=True)),
+    "points that are not": ("points.npy", lambda s: np.save(s / "points.npy", np.full((2, 3), np.nan))),
+    "points cut off": ("points.npy", lambda s: (s / "points.npy").write_bytes(b"\x93NUMPY\1\0")),
 }
 
 
