@@ -4490,13 +4490,15 @@ def golden_scene(rng, m, rate=1e-2):
     space, n_rays, size, camera = m.space, m.settings["rays"], GOLDEN_SIZES, golden_cameras()
     n_pixels = (size[:, 1] * size[:, 2]).sum()
     for name, x in buffers_within(m):                # what lies beyond the counts may be anything
-        if not re.search("params|moment|level|weight|view_|counter|occupancy|density_grid|lit_step|bad_step", name):
+        if not re.search("params|moment|level|weight|view_|counter|occupancy|density_grid|lit_step|bad_step|each|time",
+                         name):
             fill = 33 if name == "march_feature" else FILLS[0]["i" if x.dtype == ti.i32 else "f"]      # which is copied
             x.from_numpy(np.full_like(x.to_numpy(), fill))
     rgba = rng.integers(0, 256, (n_pixels, 4), np.uint8)
     rgba[rng.random(n_pixels) < 0.7, 3] = 255
     views = types.SimpleNamespace(pixels=buf(rgba.view("<u4")), size=buf(size), camera=buf(camera), n=len(size),
-                                  alpha="mask" if space.unbounded else "background")
+                                  alpha="mask" if space.unbounded else "background",
+                                  points=buf(np.linspace(0.1, 0.9, 15)))
     if m.marches:
         bound = buf(np.zeros((len(size), 4)))
         k.bound_views(len(size), views.size, views.camera, bound)
@@ -4811,11 +4813,49 @@ def golden_strangers(rng):
         k.uncertainty_backward(n, 0.3, counter, span, sample, transient, buf(beta), buf(grad_beta), buf(grad))
 
 
+def golden_motions(rng):
+    """Screw motions of every size, out of the cube too, that tear, stretch, or are rigid; picks from nothing; an MLP's
+    derivative on exact sums; positions at grid vertices, where the gradient is that of the cell above."""
+    n, n_code, window = 131, 5, buf(np.array([1.3]))
+    length = rng.integers(0, 3, n)
+    span, total = np.stack([np.cumsum(length) - length, length], 1), length.sum()
+    sample, raw = uniform(rng, 3 * n, 5, low=0), rows(some_motions(rng, 3 * n), k.OUTPUT)
+    view = rng.integers(0, 3, n)
+    k.warp_input_forward(n, n_code, 3, window, buf(span), buf(uniform(rng, total, 5)), buf(view),
+                         rowsF(uniform(rng, 24)), eighths(rng, total))
+    k.warp_forward(count(n), raw, buf(sample), buf(sample))
+    k.warp_backward(count(n), raw, buf(sample), buf(uniform(rng, n, 3)), rows(sample, k.OUTPUT))
+    k.warp_tangent_input(window, count(3 * n), buf(sample), eighths(rng, 3 * n))
+    tangent = uniform(rng, 3 * n, 6) * np.repeat(rng.choice([0, 0.01, 0.3], n), 3)[:, None]
+    k.elastic_loss(0.7, count(3 * n), buf(sample), rows(some_motions(rng, n).repeat(3, 0), k.OUTPUT),
+                   rows(tangent, k.OUTPUT), buf(uniform(rng, n, low=0)), buf(np.zeros(n)), rows(sample, k.OUTPUT),
+                   rows(sample, k.OUTPUT))
+    W = eighths(rng, 9 + k.WIDTH), eighths(rng, k.WIDTH, k.OUTPUT)
+    k.mlp_tangent_forward(9, 2, 140, count(n), eighths(rng, n), eighths(rng, 280), *W, eighths(rng, 280),
+                          eighths(rng, n, k.OUTPUT))
+    level = tinynerf.level_layout(COARSE, 3)
+    place = np.where(rng.random((n, 5)) < 0.1, 0.25, uniform(rng, n, 5, low=0))
+    k.hash_position_backward(3, count(n), buf(level), buf(place), rowsF(uniform(rng, level[:, 2].sum(), F)),
+                             eighths(rng, n), buf(np.zeros((n, 3))))
+    for n_samples in (total, 0):
+        k.pick_kept_samples(n, 7, 12, buf(np.array([n_samples, n, 0, 0])), buf(sample), buf(rng.integers(0, n, total)),
+                            buf(view), buf(uniform(rng, total)), buf(np.zeros((3 * n, 5))), buf(np.zeros(3 * n, int)),
+                            buf(np.zeros(n)))
+    k.pick_moments(n, 3, 7, 12, buf(np.zeros(n, int)))
+    k.pick_static_points(n, 5, 7, 12, buf(uniform(rng, 5, 3)), buf(np.zeros((n, 5))))
+    k.static_loss(0.3, count(n), buf(sample), buf(uniform(rng, n, 5)), buf(np.zeros((n, 3))))
+    k.ambient_forward(24, count(n), raw, eighths(rng, n))
+    k.ambient_backward(24, count(n), raw, eighths(rng, n), rows(sample, k.OUTPUT))
+    k.blend_codes(n_code, 3, 0, 2, 0.3, 3, rowsF(uniform(rng, 24)))
+
+
 # Of each model of the family, what its small one has; and launches of Part II's kernels with what does not occur there
 GOLDEN_MODELS = dict(nerf=dict(march=149 * 5, coarse=3, fine=2),
                      mipnerf=dict(march=149 * 6, coarse=3, fine=3, blocks=2),
-                     nerfw=dict(march=640, rays=149, train_steps=24, n_photos=3))
-GOLDEN_EXTRA = golden_sampling, golden_deep, golden_encodings, golden_heads, golden_strangers
+                     nerfw=dict(march=640, rays=149, train_steps=24, n_photos=3),
+                     nerfies=dict(march=640, rays=149, train_steps=24, n_photos=3),
+                     hypernerf=dict(march=640, rays=149, train_steps=24, n_photos=3))
+GOLDEN_EXTRA = golden_sampling, golden_deep, golden_encodings, golden_heads, golden_strangers, golden_motions
 
 
 def golden_family(rng, scene, name):
@@ -4834,6 +4874,7 @@ def golden_family(rng, scene, name):
     scene("step")
     golden_scene(rng, m, 0.0)                        # so that the picture has the same weights, which are large
     scene("view", 1)
+    tinynerf.set_moment(m, 0.3)
     golden_view(m)
     scene("extra")
     for launch in GOLDEN_EXTRA:
@@ -5086,7 +5127,7 @@ def golden_files(golden_sets):
 
 # Of these there is a single thread, or they fill whole workgroups always
 WHOLE = {"find_threshold": 1, "scan_blocks": 1, "pack_blocks": 128, "pack_occupancy": 128, "mark_visible_cells": 4096,
-         "load_weights": 1792, "load_layer": 25536}
+         "load_weights": 1792, "load_layer": 25536, "blend_codes": 5}
 
 
 def test_golden_models(golden_sets):

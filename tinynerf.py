@@ -936,7 +936,7 @@ class Nerfies(Model):
 
     def __init__(self, settings, space, n_photos=0, n_levels=N_LEVELS, training=True, dry=False):
         super().__init__(settings, space, n_photos, n_levels, training, dry)
-        n, n_rays, f32, i32 = settings["march"], settings["rays"], ti.f32, ti.i32
+        n, f32, i32 = settings["march"], ti.f32, ti.i32
         self.n_weights = k.WIDTH * sum(count_rows(net.n_in, net.n_hidden, net.n_out) for net in (
             self.density, self.color))                           # of the field; the others have their own sums
         self.time, self.window = self.new(f32, max(n_photos, 1)), self.new(f32, 1)
@@ -954,11 +954,11 @@ class Nerfies(Model):
         self.picked_weight, self.elastic = self.new(f32, self.n_picked), self.new(f32, self.n_picked)
         self.tangent_input, self.tangent_hidden = self.new(k.row64, 3 * self.n_picked), self.new(k.row64, 3 * n)
         self.tangent_raw, self.grad_tangent_raw = (self.new(k.row16, 3 * self.n_picked) for _ in range(2))
-        self.each_span, self.each = self.new(i32, 2 * max(n_rays, n)), self.new(i32, n)       # point i has sample i
+        self.each_span, self.each = self.new(i32, 2 * n), self.new(i32, n)                   # point i has sample i
+        self.cell_view = self.new(i32, n)
         if not dry:
             self.each.from_numpy(np.arange(n, dtype=np.int32))
-            self.each_span.from_numpy(np.stack([np.arange(max(n_rays, n)), np.ones(max(n_rays, n))], 1).astype(
-                np.int32).ravel())
+            self.each_span.from_numpy(np.stack([np.arange(n), np.ones(n)], 1).astype(np.int32).ravel())
             self.picked_counter.from_numpy(np.array([3 * self.n_picked, 3 * self.n_picked, 0, 0], np.int32))
 
     def initialize(self, seed):
@@ -1166,8 +1166,8 @@ def warp_samples(m, n_rays, first_code):
 
 def warp_cells(m, n_cells, seed, step):
     """Points in cells of the occupancy grid, each at some moment."""
-    k.pick_moments(n_cells, m.n_photos, seed, step, m.ray_view)
-    warp_points(m, n_cells, m.each_span, m.ray_view, m.first_code, m.cell_counter, m.march_warp_input, m.march_sample,
+    k.pick_moments(n_cells, m.n_photos, seed, step, m.cell_view)
+    warp_points(m, n_cells, m.each_span, m.cell_view, m.first_code, m.cell_counter, m.march_warp_input, m.march_sample,
                 m.march_seen)
 
 
