@@ -1448,10 +1448,10 @@ def loss_and_gradient(n_rays: ti.i32, random_background: ti.i32, masked: ti.i32,
 
 
 @ti.kernel
-def adam_step(n_rows: ti.i32, learning_rate: ti.f32, beta_1: ti.f32, beta_2: ti.f32, epsilon: ti.f32, params: rowsF,
-              grad: rowsF, moment: rowsF):
-    """Adam (Kingma and Ba 2015), for the entries that have a gradient; the others, most of a hash table, are left
-    alone, moments included.
+def adam_step(n: ti.i32, first: ti.i32, learning_rate: ti.f32, beta_1: ti.f32, beta_2: ti.f32, epsilon: ti.f32,
+              params: rowsF, grad: rowsF, moment: rowsF):
+    """Adam (Kingma and Ba 2015), on n rows from `first` on, for the entries that have a gradient; the others, most of a
+    hash table, are left alone, moments included.
 
         m = beta_1 m + (1 - beta_1) g      v = beta_2 v + (1 - beta_2) g^2
         params -= learning_rate m / (sqrt(v) + epsilon)
@@ -1463,7 +1463,7 @@ def adam_step(n_rows: ti.i32, learning_rate: ti.f32, beta_1: ti.f32, beta_2: ti.
     moment  [n_rows, 2] rows of F  in-out  m, v
     thread  one per row
     """
-    for t in range(n_rows):
+    for t in range(first, first + n):
         g = grad[t]
         if g.max() > 0.0 or g.min() < 0.0:
             m = ti.select(g == 0.0, moment[2 * t], beta_1 * moment[2 * t] + (1.0 - beta_1) * g)

@@ -4649,6 +4649,8 @@ def golden_layers(rng):
     k.probe_density(12, count(n), eighths(rng, n, most=4), eighths(rng, 12), eighths(rng, 80), buf(np.zeros(n)))
     k.mlp_backward_input(1, 3, n, count(n), eighths(rng, n), eighths(rng, 80), eighths(rng, n, k.OUTPUT),
                          eighths(rng, n), eighths(rng, n))
+    k.adam_step(30, 7, 0.1, 0.9, 0.99, 1e-15, eighths(rng, 40, F), eighths(rng, 40, F),
+                rowsF(uniform(rng, 80, F, low=0)))
 
 
 def golden_launches(rng, scene):
@@ -5242,7 +5244,8 @@ PORT_BUGS = {
     "no ReLU on the way back": ("mlp_backward_input", "mlp_backward_input",
                                 "ti.select(hidden[h] > 0.0, g, row64(0.0))", "g"),
     "one chunk": ("sum_partials", "sum_partials", "range((counter[0] + chunk - 1) // chunk)", "range(1)"),
-    "one workgroup": ("adam_step", "adam_step", "range(n_rows)", "range(ti.min(n_rows, 64))"),
+    "one workgroup": ("adam_step", "adam_step", "first + n)", "first + ti.min(n, 64))"),
+    "Adam from the first row on": ("adam_step", "adam_step", "range(first, first + n)", "range(n)"),
     "no end": ("color_head_forward", "color_head_forward", "range(counter[0])", "range(counter[0] + 20)"),
     "an unclamped exponent": ("density_head_forward", "density_head_forward",
                               "ti.min(geometry[i][0], RAW_SIGMA_MAX)", "geometry[i][0]"),
@@ -5527,7 +5530,7 @@ def test_launch_lists(steady):
         given["first"] = 40 if part == "start_tile" else 70
         for name, *arguments in lists[part]:
             if name == "adam_step":
-                arguments[1] *= 0.01                 # it is there for a rate of 1
+                arguments[2] *= 0.01                 # it is there for a rate of 1
             getattr(k, name)(*[given[x] if isinstance(x, str) else x for x in arguments])
     for name in ("density_grid", "params", "pixel"):
         assert_close(name, given[name].to_numpy(), getattr(m, name).to_numpy(), 1e-6 if ON_CPU else 1e-2)

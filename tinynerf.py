@@ -74,6 +74,7 @@ GROWTH = 4.0                    # unbounded scenes: steps grow by GROWTH / (step
 DISTORTION = 0.03               # unbounded scenes: strength of the distortion loss
 TRANSIENT = 0.1                 # nerfw: strength of the loss that keeps the transient part thin
 ELASTIC, STATIC = 1e-3, 1.0     # nerfies: strengths of the losses of what stretches, and of static points that move
+WARP_RATE = 0.1                 # nerfies: what the warp's MLP and the codes learn at, in shares of the rate
 FINE_AT = 0.5                   # nerfies: the share of the training after which the warp gets all frequencies
 HOST_MB = 400                   # what Taichi, its compiler and pictures take besides buffers
 MESH_LENGTH = 0.01              # a mesh is where half of the light would be gone after so many sides of its cube
@@ -498,6 +499,7 @@ class Model:
     nets, more_mlps = (), {}                         # deep networks, see SampledModel; MLPs of the family's models
     coded, code_sets, moves = ("color",), 1, False   # MLPs that get photographs' codes, how many each; see Nerfies
     decay, progress = DECAY, 0.0                     # for update_occupancy; how far training is, 0..1
+    rate_shares = ()                                 # rows of params that learn at another rate: (n, first, share) of all
 
     def __init__(self, settings, space, n_photos=0, n_levels=N_LEVELS, training=True, dry=False):
         """settings: an entry of MACHINES; space: from place_scene; n_photos: that get codes, for their differences. A
@@ -730,7 +732,8 @@ def color_backward(m, first_code):
 def adam(m, step, learning_rate):
     """One step of the optimiser, the step-th (from 1), with Adam's bias corrections folded into the rate."""
     rate = learning_rate * math.sqrt(1.0 - BETA_2**step) / (1.0 - BETA_1**step)
-    k.adam_step(m.n_rows, rate, BETA_1, BETA_2, EPSILON, m.params, m.grad_params, m.moment)
+    for n, first, share in m.rate_shares or [(m.n_rows, 0, 1.0)]:
+        k.adam_step(n, first, share * rate, BETA_1, BETA_2, EPSILON, m.params, m.grad_params, m.moment)
     load_weights(m)
 
 
@@ -939,6 +942,8 @@ class Nerfies(Model):
         n, f32, i32 = settings["march"], ti.f32, ti.i32
         self.n_weights = k.WIDTH * sum(count_rows(net.n_in, net.n_hidden, net.n_out) for net in (
             self.density, self.color))                           # of the field; the others have their own sums
+        first = self.warp_net.first // k.N_FEATURES
+        self.rate_shares = (first, 0, 1.0), (self.n_rows - first, first, WARP_RATE)
         self.time, self.window = self.new(f32, max(n_photos, 1)), self.new(f32, 1)
         self.march_warp_input, self.march_seen = self.new(k.row64, n), self.new(f32, 5 * n)
         self.warp_hidden, self.warp_raw = self.new(k.row64, 3 * n), self.new(k.row16, n)
@@ -2616,7 +2621,9 @@ def command_bench(args):
     """tinynerf.py bench: train for a while, then time every kernel of a step against what the machine can do."""
     scene = load_scene(args.scene, args.downscale)
     arch, device = start_taichi(args.arch)
-    m, on_device = make_model(args.model, scene, place_scene(scene), arch)
+    space = place_scene(scene)
+    m, on_device = make_model(args.model, scene, space, arch,
+                              machine_settings(args.model, "gpu", space.unbounded) if args.full else {})
     line, settings, refresh = {}, m.settings, m.settings["refresh"]
     train(m, on_device, 0, steps=args.steps, report=lambda **now: line.update(now))
     rays = line["n_rays"]
@@ -2859,6 +2866,7 @@ def parse_args(argv):
     parser_bench = commands.add_parser("bench", help="time every kernel against what the machine can do")
     parser_bench.add_argument("scene", nargs="?", default="data/lego", help="folder of a scene (default: data/lego)")
     parser_bench.add_argument("--model", choices=MODELS, default="ngp", help="of what (default: ngp)")
+    parser_bench.add_argument("--full", action="store_true", help="as large as on a GPU, wherever it runs")
     parser_bench.add_argument("--steps", type=positive(int), default=600, help="train for so many steps first")
     parser_bench.add_argument("--downscale", type=positive(int), default=1, metavar="K", help="average KxK pixels")
     for command in commands.choices.values():
