@@ -836,7 +836,7 @@ class SampledModel(Model):
         self.grad_hidden = [self.new(k.row64, layer.n_out * n) for layer in self.nets[-1].layers]
 
     def new_nets(self):
-        """All networks: of 8 layers, the last of them the density MLP's; the encoding enters the first and the fifth."""
+        """Networks of 8 layers, the last of them the density MLP's; the encoding enters the first and the fifth."""
         for blocks in MODELS[self.name].n_nets * [self.settings["blocks"]]:
             self.new_net([(k.WIDTH, 0, blocks), *3 * [(0, blocks, blocks)], (k.WIDTH, blocks, blocks),
                           (0, blocks, blocks), (0, blocks, 1)], True)
@@ -2397,29 +2397,43 @@ def step_work(m, rays, marched, kept):
 
 def sampled_work(m, rays, coarse, fine):
     """step_work() of the models that sample."""
-    n, net, rays, family = coarse + fine, m.nets[0], 2 * rays, MODELS[m.name]            # two levels
-    mlps = sum(2 * k.WIDTH * count_rows(mlp.n_in, mlp.n_hidden, mlp.n_out) for mlp in (net.density, net.color))
-    n_layers = sum(k.WIDTH * layer.n_out * (layer.n_x + k.WIDTH * layer.n_h) for layer in net.layers)
-    n_first = sum(k.WIDTH * layer.n_out * layer.n_x for layer in net.layers)             # have no gradient to hand on
-    return dict(
-        pick_pixels=("copy", 2 * rays), generate_rays=("copy", 60 * rays), count_even=("copy", 12 * rays),
-        sum_counts=("copy", 4 * rays), scan_blocks=("copy", 8 * rays // m.settings["block"]),
-        claim_spans=("copy", 12 * rays), sample_even=("copy", 20 * rays + 24 * coarse),
-        weigh_samples=("copy", 4 * rays + 12 * coarse),
-        sample_where_light_is=("copy", 24 * rays + 24 * coarse + 24 * fine),
-        **(dict(widen_weights=("copy", 4 * rays + 8 * coarse), weigh_loss=("copy", 16 * rays)) if family.cones else {}),
-        **{family.encoding + "_forward": ("copy", 4 * (3 + k.WIDTH) * n)}, layer_forward=("product", 2 * n_layers * n),
-        mlp_forward=("product", mlps * n), direction_input_forward=("copy", 4 * (17 + net.color.n_in) * n),
+    n, family, proposed, chunk = coarse + fine, MODELS[m.name], m.nets[0].color is None, m.settings["chunk"]
+    levels, twice = ((m.nets[0], coarse), (m.nets[-1], fine)), 2 * rays
+    shaded, seen = (fine, rays) if proposed else (n, twice)                  # samples and rays that have color
+    mlps, layers, first = (2 * k.WIDTH * sum(samples * count(net) for net, samples in levels) for count in (
+        lambda net: sum(count_rows(mlp.n_in, mlp.n_hidden, mlp.n_out) for mlp in (net.density, net.color) if mlp),
+        lambda net: sum(layer.n_out * (layer.n_x + k.WIDTH * layer.n_h) for layer in net.layers),
+        lambda net: sum(layer.n_out * layer.n_x for layer in net.layers)))   # hand no gradient on
+    n_mlps = k.WIDTH * sum(count_rows(mlp.n_in, mlp.n_hidden, mlp.n_out) for mlp in m.mlps)
+    work = dict(
+        pick_pixels=("copy", 4 * rays), generate_rays=("copy", 60 * twice), count_even=("copy", 12 * twice),
+        sum_counts=("copy", 4 * twice), scan_blocks=("copy", 8 * twice // m.settings["block"]),
+        claim_spans=("copy", 12 * twice), sample_even=("copy", 20 * twice + 24 * coarse),
+        weigh_samples=("copy", 4 * twice + 12 * coarse),
+        sample_where_light_is=("copy", 24 * twice + 24 * coarse + 24 * fine),
+        **{family.encoding + "_forward": ("copy", 4 * (3 + k.WIDTH) * n)}, layer_forward=("product", layers),
+        mlp_forward=("product", mlps), direction_input_forward=("copy", 4 * (17 + m.nets[-1].color.n_in) * shaded),
         **{family.density + "_forward": ("copy", 8 * n), family.density + "_backward": ("copy", 136 * n)},
-        **{family.color + "_forward": ("copy", 24 * n), family.color + "_backward": ("copy", 36 * n)},
-        composite_forward=("copy", 48 * rays + 24 * n), loss_and_gradient=("copy", 48 * rays),
-        composite_backward=("copy", 40 * rays + 36 * n), mlp_backward_input=("product", mlps * n),
-        mlp_backward_weight=("product", mlps * n), relu_backward=("copy", 12 * k.WIDTH * n),
-        layer_backward_input=("product", 2 * (n_layers - n_first) * n),
-        layer_backward_weight=("product", 2 * n_layers * n),
-        sum_partials=("copy", 4 * net.n_weights * (n // m.settings["chunk"] + 4)),
-        adam_step=("copy", 28 * k.N_FEATURES * m.n_rows), load_weights=("copy", 12 * len(m.mlps) // 2 * mlps // 2),
-        load_layer=("copy", 12 * len(m.nets) * n_layers))
+        **{family.color + "_forward": ("copy", 24 * shaded), family.color + "_backward": ("copy", 36 * shaded)},
+        composite_forward=("copy", 48 * seen + 24 * shaded), loss_and_gradient=("copy", 48 * seen),
+        composite_backward=("copy", 40 * seen + 36 * shaded), mlp_backward_input=("product", mlps),
+        mlp_backward_weight=("product", mlps), relu_backward=("copy", 12 * k.WIDTH * n),
+        layer_backward_input=("product", layers - first), layer_backward_weight=("product", layers),
+        sum_partials=("copy", 4 * sum(net.n_weights * (samples // chunk + 2) for net, samples in levels)),
+        adam_step=("copy", 28 * k.N_FEATURES * m.n_rows), load_weights=("copy", 12 * n_mlps),
+        load_layer=("copy", 12 * (k.N_FEATURES * m.n_rows - n_mlps)))
+    if family.cones:
+        work.update(widen_weights=("copy", 4 * twice + 8 * coarse))
+    if proposed:
+        work.update(weigh_samples=("copy", 8 * twice + 12 * n), weigh_samples_backward=("copy", 8 * rays + 36 * coarse),
+                    interlevel_forward=("copy", 20 * rays + 12 * coarse + 16 * fine),
+                    interlevel_backward=("copy", 16 * rays + 12 * coarse + 16 * fine))
+    elif family.coarse_loss != 1.0:
+        work.update(weigh_loss=("copy", 16 * twice))
+    if m.space.unbounded:
+        work.update(distortion_forward=("copy", 20 * rays + 12 * fine),
+                    distortion_backward=("copy", 20 * rays + 20 * fine))
+    return work
 
 
 def command_bench(args):
