@@ -20,6 +20,7 @@ import csv
 import gc
 import importlib.util
 import inspect
+import itertools
 import json
 import math
 import os
@@ -833,7 +834,8 @@ class SampledModel(Model):
         self.grad_color_raw, self.grad_color_hidden = self.new(k.row16, n), self.new(k.row64, n)
         self.grad_color_input, self.grad_geometry = self.new(k.row64, n), self.new(k.row16, n)
         self.grad_density_hidden = self.new(k.row64, n)
-        self.grad_hidden = [self.new(k.row64, layer.n_out * n) for layer in self.nets[-1].layers]
+        layers = itertools.zip_longest(*([layer.n_out for layer in net.layers] for net in self.nets), fillvalue=0)
+        self.grad_hidden = [self.new(k.row64, max(n_out) * n) for n_out in layers]           # of either network
 
     def new_nets(self):
         """Networks of 8 layers, the last of them the density MLP's; the encoding enters the first and the fifth."""
