@@ -1727,7 +1727,7 @@ AMBIENT_FREQUENCIES = 1                  # L of HyperNeRF's ambient coordinates
 # ---- Sampling rays from end to end (NeRF, sections 4 and 5.2): no grid says where something may be. The coarse samples
 # are spread evenly, the fine ones are drawn where the coarse ones found something. Each sample stands for the part of
 # its ray from where it begins to where the next one does; the last one's ends where the ray ends. A sample lies at
-# `middle` of its part: 0 is its begin (NeRF), 1/2 its middle (mip-NeRF). No gradient goes through any of this.
+# `middle` of its part: 0 is its begin (NeRF), 1/2 its middle (mip-NeRF). No gradient goes to where samples lie.
 
 @ti.kernel
 def count_even(n_rays: ti.i32, n: ti.i32, ray: f32buf, ray_span: i32buf):
@@ -1739,6 +1739,19 @@ def count_even(n_rays: ti.i32, n: ti.i32, ray: f32buf, ray_span: i32buf):
     """
     for r in range(n_rays):
         ray_span[2 * r + 1] = ti.select(ray[8 * r + 3] < ray[8 * r + 7], n, 0)
+
+
+@ti.func
+def bend(t, bent):
+    """How far along its ray a distance is, on the scale on which samples are even: t; where `bent`, -1 / (t + RADIUS),
+    disparity as seen from a little behind the camera, of which all that is far away takes little (see place_on_ray)."""
+    return ti.select(bent == 1, -1.0 / (t + RADIUS), t)
+
+
+@ti.func
+def unbend(s, bent):
+    """The inverse of bend."""
+    return ti.select(bent == 1, -1.0 / ti.min(s, -1e-9) - RADIUS, s)
 
 
 @ti.func
@@ -1760,12 +1773,13 @@ def place_samples(r, middle, ray: ti.template(), ray_span: ti.template(), sample
 
 
 @ti.kernel
-def sample_even(n_rays: ti.i32, n: ti.i32, middle: ti.f32, jitter: ti.i32, seed: ti.i32, step: ti.i32, ray: f32buf,
-                ray_span: i32buf, ray_step: i32buf, sample: f32buf, sample_ray: i32buf):
+def sample_even(n_rays: ti.i32, n: ti.i32, bent: ti.i32, middle: ti.f32, jitter: ti.i32, seed: ti.i32, step: ti.i32,
+                ray: f32buf, ray_span: i32buf, ray_step: i32buf, sample: f32buf, sample_ray: i32buf):
     """Coarse samples, stratified (NeRF, equation 2): one at random in each of n equal parts of the ray,
 
         t_k = t_first + (k + u_k) (t_last - t_first) / n      u_k random in [0, 1) while training, 1/2 otherwise
 
+    where `bent`, of equal parts on the scale of bend() (Mip-NeRF 360, section 4.1).
     ray         [n_rays, 8]     in    from t_first, not jittered, to t_last
     ray_span    [n_rays, 2]     in    from claim_spans
     ray_step    [n_rays]        out   END: all of the ray is sampled; 0 if it was dropped
@@ -1778,7 +1792,8 @@ def sample_even(n_rays: ti.i32, n: ti.i32, middle: ti.f32, jitter: ti.i32, seed:
             u = 0.5
             if jitter == 1:
                 u = random_f32(seed, STREAM_COARSE, step, r * n + j)
-            sample[5 * (ray_span[2 * r] + j) + 3] = ray[8 * r + 3] + (j + u) / n * (ray[8 * r + 7] - ray[8 * r + 3])
+            s_first, s_last = bend(ray[8 * r + 3], bent), bend(ray[8 * r + 7], bent)
+            sample[5 * (ray_span[2 * r] + j) + 3] = unbend(s_first + (j + u) / n * (s_last - s_first), bent)
         place_samples(r, middle, ray, ray_span, sample, sample_ray)
         ray_step[r] = ti.select(ray_span[2 * r] >= 0, END, 0)
 
@@ -1803,11 +1818,11 @@ def weigh_samples(n_rays: ti.i32, floor: ti.f32, coarse_span: i32buf, coarse_sam
 
 
 @ti.kernel
-def sample_where_light_is(n_rays: ti.i32, n: ti.i32, merge: ti.i32, middle: ti.f32, jitter: ti.i32, seed: ti.i32,
-                          step: ti.i32, ray: f32buf, coarse_span: i32buf, coarse_sample: f32buf, weight: f32buf,
-                          ray_span: i32buf, ray_step: i32buf, sample: f32buf, sample_ray: i32buf):
+def sample_where_light_is(n_rays: ti.i32, n: ti.i32, merge: ti.i32, bent: ti.i32, middle: ti.f32, jitter: ti.i32,
+                          seed: ti.i32, step: ti.i32, ray: f32buf, coarse_span: i32buf, coarse_sample: f32buf,
+                          weight: f32buf, ray_span: i32buf, ray_step: i32buf, sample: f32buf, sample_ray: i32buf):
     """Fine samples, by inverse transform sampling (NeRF, section 5.2): the weights, each spread evenly over its coarse
-    sample's part, are a density along the ray, and n samples are drawn from it,
+    sample's part (where `bent`, on the scale of bend()), are a density along the ray, and n samples are drawn from it,
 
         t_j = CDF^-1((j + u_j) / n)      CDF(t) = sum of weights before t / sum of all      u_j as in sample_even
 
@@ -1840,7 +1855,9 @@ def sample_where_light_is(n_rays: ti.i32, n: ti.i32, merge: ti.i32, middle: ti.f
                 part += 1
             dt = coarse_sample[5 * part + 4]
             share = ti.math.clamp((target - before) / weight[part], 0.0, 1.0)
-            t = coarse_sample[5 * part + 3] + (share - middle) * dt
+            begin = coarse_sample[5 * part + 3] - middle * dt
+            s_begin = bend(begin, bent)
+            t = unbend(s_begin + share * (bend(begin + dt, bent) - s_begin), bent)
             while merge == 1 and kept < end and coarse_sample[5 * kept + 3] <= t:
                 sample[5 * i + 3] = coarse_sample[5 * kept + 3]
                 kept += 1
@@ -2083,6 +2100,40 @@ def widen_weights(n_rays: ti.i32, floor: ti.f32, coarse_span: i32buf, weight: f3
             wide_weight[i] = 0.5 * (ti.max(before, weight[i]) + ti.max(weight[i], after)) + floor
 
 
+@ti.func
+def frustum(i, sample_ray: ti.template(), ray: ti.template(), ray_view: ti.template(), camera: ti.template(),
+            sample: ti.template()):
+    """The Gaussian of a sample's frustum: how far along the ray its mean is from the sample's position, and variances
+    v_t, v_r. sample_ray, ray, ray_view, camera and sample are those of integrated_encode_forward."""
+    r = sample_ray[i]
+    m = CAMERA * ray_view[r]
+    t, h = sample[5 * i + 3], 0.5 * sample[5 * i + 4]
+    cos = 0.0
+    for c in ti.static(range(3)):
+        cos -= ray[8 * r + 4 + c] * camera[m + 4 * c + 2]
+    q = 0.57735027 * ti.max(cos, 0.0) * 2.0 / (camera[m + 12] + camera[m + 13])
+    scale = 3.0 * t * t + h * h
+    v_t = h * h / 3.0 - 4.0 / 15.0 * h * h * h * h * (12.0 * t * t - h * h) / (scale * scale)
+    v_r = q * q * (t * t / 4.0 + 5.0 / 12.0 * h * h - 4.0 / 15.0 * h * h * h * h / scale)
+    return 2.0 * t * h * h / scale, v_t, v_r
+
+
+@ti.func
+def encode_gaussian(i, c, mean, variance, feature: ti.template()):
+    """The entries of feature[i] that axis c has, of a Gaussian in the cube: see integrated_encode_forward."""
+    turns = mean - 0.5                                       # half of p
+    exponent = 0.5 * 4.0 * variance * 9.8696044              # of the first wave
+    for l in range(FREQUENCIES):
+        s_wave, c_wave = wave(turns)
+        fade = ti.exp(-exponent)
+        feature[i][6 * l + 2 * c] = s_wave * fade
+        feature[i][6 * l + 2 * c + 1] = c_wave * fade
+        turns *= 2.0
+        exponent *= 4.0
+    feature[i][6 * FREQUENCIES + c] = 0.0
+    feature[i][6 * FREQUENCIES + 3] = 1.0
+
+
 @ti.kernel
 def integrated_encode_forward(counter: i32buf, sample_ray: i32buf, ray: f32buf, ray_view: i32buf, camera: f32buf,
                               sample: f32buf, feature: rows64):
@@ -2108,29 +2159,10 @@ def integrated_encode_forward(counter: i32buf, sample_ray: i32buf, ray: f32buf, 
     thread      one per sample
     """
     for i in range(counter[0]):
-        r = sample_ray[i]
-        m = CAMERA * ray_view[r]
-        t, h = sample[5 * i + 3], 0.5 * sample[5 * i + 4]
-        cos = 0.0
-        for c in ti.static(range(3)):
-            cos -= ray[8 * r + 4 + c] * camera[m + 4 * c + 2]
-        q = 0.57735027 * ti.max(cos, 0.0) * 2.0 / (camera[m + 12] + camera[m + 13])
-        scale = 3.0 * t * t + h * h
-        v_t = h * h / 3.0 - 4.0 / 15.0 * h * h * h * h * (12.0 * t * t - h * h) / (scale * scale)
-        v_r = q * q * (t * t / 4.0 + 5.0 / 12.0 * h * h - 4.0 / 15.0 * h * h * h * h / scale)
+        shift, v_t, v_r = frustum(i, sample_ray, ray, ray_view, camera, sample)
         for c in range(3):
-            d = ray[8 * r + 4 + c]
-            turns = sample[5 * i + c] + 2.0 * t * h * h / scale * d - 0.5            # half of p
-            exponent = 0.5 * 4.0 * (v_t * d * d + v_r * (1.0 - d * d)) * 9.8696044   # of the first wave
-            for l in range(FREQUENCIES):
-                s_wave, c_wave = wave(turns)
-                fade = ti.exp(-exponent)
-                feature[i][6 * l + 2 * c] = s_wave * fade
-                feature[i][6 * l + 2 * c + 1] = c_wave * fade
-                turns *= 2.0
-                exponent *= 4.0
-            feature[i][6 * FREQUENCIES + c] = 0.0
-        feature[i][6 * FREQUENCIES + 3] = 1.0
+            d = ray[8 * sample_ray[i] + 4 + c]
+            encode_gaussian(i, c, sample[5 * i + c] + shift * d, v_t * d * d + v_r * (1.0 - d * d), feature)
 
 
 @ti.kernel
@@ -2172,6 +2204,170 @@ def weigh_loss(n_rays: ti.i32, share: ti.f32, grad_pixel: f32buf):
     """
     for t in range(4 * n_rays):
         grad_pixel[t] = share * grad_pixel[t]
+
+
+# ---- Cones in all of space (Barron et al. 2022, "Mip-NeRF 360"): frustums go through the contraction, and samples are
+# even in a bent distance (see bend). A small network of densities alone proposes where on a ray its light comes from.
+# It never sees an image; it only learns to leave nothing out that the large network finds.
+
+@ti.kernel
+def contracted_encode_forward(unbounded: ti.i32, counter: i32buf, sample_ray: i32buf, ray: f32buf, ray_view: i32buf,
+                              camera: f32buf, sample: f32buf, feature: rows64):
+    """integrated_encode_forward of the frustum's Gaussian after `contract` (section 3.1), taken as linear about the
+    mean x: the contracted one has the mean contract(x) and, of the Jacobian J there, the covariance J Sigma J^T, of
+    which the encoding takes the diagonal. With e the unit vector from the middle of the cube to x, and contract's |y|,
+
+        J      = a (I - e e^T) + b e e^T      a = (2 |y| - 1) / |y|^2, b = 1 / |y|^2 where |y| > 1; else a = b = 1
+        Sigma  = (v_t - v_r) d d^T + v_r I
+        diag_c = (v_t - v_r) (J d)_c^2 + v_r (a^2 + (b^2 - a^2) e_c^2)
+
+    unbounded   0: a scene in the box, of which nothing is contracted
+    counter     [4]                     in
+    sample_ray  [n_samples]             in
+    ray         [n_rays, 8]             in    [4:7] = direction d
+    ray_view    [n_rays]                in
+    camera      [n_views, 22]           in    see generate_rays
+    sample      [n_samples, 5]          in    position, not contracted; t in the middle of the part; dt
+    feature     [n_samples] rows of 64  out
+    thread      one per sample
+    """
+    for i in range(counter[0]):
+        shift, v_t, v_r = frustum(i, sample_ray, ray, ray_view, camera, sample)
+        x, d = vec3(0.0), vec3(0.0)
+        for c in ti.static(range(3)):
+            d[c] = ray[8 * sample_ray[i] + 4 + c]
+            x[c] = sample[5 * i + c] + shift * d[c]
+        n = (x - 0.5).norm() / RADIUS
+        e = (x - 0.5) / (RADIUS * ti.max(n, 1e-9))
+        across, along = 1.0, 1.0
+        if unbounded == 1 and n > 1.0:
+            x = contract(x)
+            across, along = (2.0 - 1.0 / n) / n, 1.0 / (n * n)
+        d_e = d.dot(e)
+        for c in ti.static(range(3)):
+            jd = across * d[c] + (along - across) * d_e * e[c]
+            jj = across * across + (along * along - across * across) * e[c] * e[c]
+            encode_gaussian(i, c, x[c], (v_t - v_r) * jd * jd + v_r * jj, feature)
+
+
+@ti.func
+def part_begin(i, sample: ti.template()):
+    """Where the part of a ray begins that a sample stands for, which lies in its middle; sample [n_samples, 5]."""
+    return sample[5 * i + 3] - 0.5 * sample[5 * i + 4]
+
+
+@ti.func
+def first_touched(i, part, end, sample: ti.template(), coarse_sample: ti.template()):
+    """The first coarse part, from `part` on and before `end`, that reaches into the part of fine sample i; the last is
+    the one before touched(...) is 0. sample and coarse_sample are those of interlevel_forward."""
+    while part + 1 < end and part_begin(part + 1, coarse_sample) <= part_begin(i, sample):
+        part += 1
+    return part
+
+
+@ti.func
+def touched(i, part, end, sample: ti.template(), coarse_sample: ti.template()):
+    """Whether there is a coarse part that begins before the part of fine sample i ends; as in first_touched with the
+    same sample and coarse_sample."""
+    return part < end and part_begin(part, coarse_sample) < part_begin(i, sample) + sample[5 * i + 4]
+
+
+@ti.kernel
+def interlevel_forward(n_rays: ti.i32, coarse_span: i32buf, coarse_sample: f32buf, coarse_weight: f32buf,
+                       ray_span: i32buf, sample: f32buf, weight: f32buf, bound: f32buf, interlevel: f32buf):
+    """What the fine samples found that the proposal has not foreseen (section 3.1, equations 12 and 13):
+
+        bound_i      = sum of the weights of all coarse parts of the ray that have something in common with part i
+        interlevel_r = sum_i max(0, w_i - bound_i)^2 / (w_i + 1e-7)
+
+    If the fine weights are a finer histogram of what the coarse ones say, no bound is exceeded.
+    coarse_span    [n_rays, 2]     in
+    coarse_sample  [n_coarse, 5]   in    [3] = t, [4] = dt
+    coarse_weight  [n_coarse]      in    from weigh_samples
+    ray_span       [n_rays, 2]     in
+    sample         [n_samples, 5]  in    [3] = t, [4] = dt
+    weight         [n_samples]     in    from weigh_samples
+    bound          [n_samples]     out
+    interlevel     [n_rays]        out
+    thread         one per ray: both lists are in order, so one walk along the ray meets all pairs
+    """
+    for r in range(n_rays):
+        part, end, total = coarse_span[2 * r], coarse_span[2 * r] + coarse_span[2 * r + 1], 0.0
+        for i in range(ray_span[2 * r], ray_span[2 * r] + ray_span[2 * r + 1]):
+            part = first_touched(i, part, end, sample, coarse_sample)
+            foreseen, at = 0.0, part
+            while touched(i, at, end, sample, coarse_sample):
+                foreseen += coarse_weight[at]
+                at += 1
+            bound[i] = foreseen
+            excess = ti.max(weight[i] - foreseen, 0.0)
+            total += excess * excess / (weight[i] + 1e-7)
+        interlevel[r] = total
+
+
+@ti.kernel
+def interlevel_backward(n_rays: ti.i32, counter: i32buf, coarse_span: i32buf, coarse_sample: f32buf, ray_span: i32buf,
+                        sample: f32buf, weight: f32buf, bound: f32buf, grad_coarse_weight: f32buf):
+    """Gradient of L = 1/N sum_r interlevel_r, N = counter[1]; the fine weights count as given, and get none:
+
+        grad_coarse_weight_k = -2/N sum of max(0, w_i - bound_i) / (w_i + 1e-7) over all i whose part has something in
+                                common with part k
+
+    counter             [4]             in    of the coarse samples
+    coarse_span         [n_rays, 2]     in
+    coarse_sample       [n_coarse, 5]   in
+    ray_span            [n_rays, 2]     in
+    sample              [n_samples, 5]  in
+    weight              [n_samples]     in
+    bound               [n_samples]     in    from interlevel_forward
+    grad_coarse_weight  [n_coarse]      out
+    thread              one per ray, which owns its samples
+    """
+    for r in range(n_rays):
+        part, end = coarse_span[2 * r], coarse_span[2 * r] + coarse_span[2 * r + 1]
+        for at in range(part, end):
+            grad_coarse_weight[at] = 0.0
+        for i in range(ray_span[2 * r], ray_span[2 * r] + ray_span[2 * r + 1]):
+            part = first_touched(i, part, end, sample, coarse_sample)
+            slope = -2.0 / ti.max(counter[1], 1) * ti.max(weight[i] - bound[i], 0.0) / (weight[i] + 1e-7)
+            at = part
+            while touched(i, at, end, sample, coarse_sample):
+                grad_coarse_weight[at] = grad_coarse_weight[at] + slope
+                at += 1
+
+
+@ti.kernel
+def weigh_samples_backward(n_rays: ti.i32, coarse_span: i32buf, coarse_sample: f32buf, rgb_sigma: f32buf,
+                           grad_weight: f32buf, grad_rgb_sigma: f32buf):
+    """Gradient of weigh_samples in the densities:
+
+        grad_sigma_k = dt_k (T_{k+1} grad_weight_k - sum_{m>k} w_m grad_weight_m)        w_m = T_m alpha_m
+
+    There are two walks: along the ray for T, which waits where the gradient will be, and back for the sum of what is
+    behind, which no rounding of what is before it can spoil.
+    coarse_span     [n_rays, 2]    in
+    coarse_sample   [n_coarse, 5]  in    [4] = dt
+    rgb_sigma       [n_coarse, 4]  in    [3] = sigma
+    grad_weight     [n_coarse]     in
+    grad_rgb_sigma  [n_coarse, 4]  out   0, 0, 0, grad_sigma
+    thread          one per ray, which owns its samples
+    """
+    for r in range(n_rays):
+        first, n = coarse_span[2 * r], coarse_span[2 * r + 1]
+        T, behind = 1.0, 0.0
+        for i in range(first, first + n):
+            for c in ti.static(range(3)):
+                grad_rgb_sigma[4 * i + c] = 0.0
+            T *= ti.exp(-rgb_sigma[4 * i + 3] * coarse_sample[5 * i + 4])
+            grad_rgb_sigma[4 * i + 3] = T
+        for j in range(n):
+            i = first + n - 1 - j
+            T_after, T_before = grad_rgb_sigma[4 * i + 3], 1.0
+            if j < n - 1:
+                T_before = grad_rgb_sigma[4 * i - 1]
+            grad_rgb_sigma[4 * i + 3] = coarse_sample[5 * i + 4] * (T_after * grad_weight[i] - behind)
+            alpha = 1.0 - ti.exp(-rgb_sigma[4 * i + 3] * coarse_sample[5 * i + 4])
+            behind += T_before * alpha * grad_weight[i]
 
 
 # ---- Photographs by strangers (Martin-Brualla et al. 2021, "NeRF in the Wild", section 4.2), on the hash grid above:

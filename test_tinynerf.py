@@ -1705,24 +1705,28 @@ def sampling(n_rays, capacity):
         sample=buf(np.full((capacity, 5), 9.0)), sample_ray=buf(np.full(capacity, 9)))
 
 
-@pytest.mark.parametrize("middle, merge, jitter", [(0.0, 1, 1), (0.5, 0, 1), (0.0, 1, 0)])
-def test_sampling(rng, middle, merge, jitter):
+@pytest.mark.parametrize("middle, merge, jitter, bent", [
+    (0.0, 1, 1, 0), (0.5, 0, 1, 0), (0.0, 1, 0, 0), (0.5, 0, 1, 1)])
+def test_sampling(rng, middle, merge, jitter, bent):
     """Coarse samples are not one in each part of the ray, fine ones do not follow the weights, the two are not merged
-    in order, or what a sample stands for is not all of the ray."""
+    in order, what a sample stands for is not all of the ray, or distances are not bent where they should be."""
     ray, n, n_fine, seed, step = rays_to_sample(rng), 12, 20, 5, 8
-    n_rays, buffer = len(ray), buf(ray)
+    bend, unbend = (lambda t: t / (t + 0.25), lambda s: 0.25 * s / (1 - s)) if bent else 2 * [lambda t: t]
     there = ray[:, 3] < ray[:, 7]
+    ray[there, 7] *= 16 if bent else 1
+    n_rays, buffer = len(ray), buf(ray)
     coarse, fine = (sampling(n_rays, capacity=capacity) for capacity in (2000, 1600))
     k.count_even(n_rays, n, buffer, coarse.span)
     tinynerf.scan(n_rays, 16, 2000, coarse.span, coarse.block_start, coarse.counter)
-    k.sample_even(n_rays, n, middle, jitter, seed, step, buffer, coarse.span, coarse.ray_step, coarse.sample,
+    k.sample_even(n_rays, n, bent, middle, jitter, seed, step, buffer, coarse.span, coarse.ray_step, coarse.sample,
                   coarse.sample_ray)
     number = np.arange(n_rays)[:, None]
     u = random_model(seed, k.STREAM_COARSE, step, number * n + np.arange(n))[1] if jitter else 0.5
-    start = ray[:, 3:4] + (np.arange(n) + u) / n * (ray[:, 7:8] - ray[:, 3:4])
+    first, last = bend(ray[:, 3:4]), bend(ray[:, 7:8])
+    start = unbend(first + (np.arange(n) + u) / n * (last - first))
     want = np.concatenate([place_model(*one, middle) for one in zip(ray[there], start[there])])
     got = coarse.sample.to_numpy().reshape(-1, 5)
-    assert_close("sample_even", got[:len(want)], want, 1e-6)
+    assert_close("sample_even", got[:len(want)], want, 1e-5 if bent else 1e-6)
     assert (got[len(want):] == 9).all() and (coarse.ray_step.to_numpy() == k.END).all()
     assert np.array_equal(coarse.sample_ray.to_numpy()[:len(want)], np.repeat(np.arange(n_rays)[there], n))
 
@@ -1731,18 +1735,18 @@ def test_sampling(rng, middle, merge, jitter):
     coarse_sample = got[:len(want)].astype(np.float64)
     k.count_even(n_rays, n_fine + merge * n, buffer, fine.span)
     tinynerf.scan(n_rays, 16, 1600, fine.span, fine.block_start, fine.counter)
-    k.sample_where_light_is(n_rays, n_fine, merge, middle, jitter, seed, step, buffer, coarse.span, coarse.sample,
+    k.sample_where_light_is(n_rays, n_fine, merge, bent, middle, jitter, seed, step, buffer, coarse.span, coarse.sample,
                             buf(weight), fine.span, fine.ray_step, fine.sample, fine.sample_ray)
     u = random_model(seed, k.STREAM_FINE, step, number * n_fine + np.arange(n_fine))[1] if jitter else 0.5
     u, want = np.broadcast_to((np.arange(n_fine) + u) / n_fine, (n_rays, n_fine))[there], []
     for one, part, w, at in zip(ray[there], coarse_sample.reshape(-1, n, 5), weight.reshape(-1, n), u):
         edge = np.append(part[:, 3] - middle * part[:, 4], one[7])
-        t = np.interp(at * w.sum(), np.append(0, np.cumsum(w)), edge)
+        t = unbend(np.interp(at * w.sum(), np.append(0, np.cumsum(w)), bend(edge)))
         want.append(place_model(one, np.sort(np.append(t, edge[:n * merge])), middle))
     n_kept = fine.counter.to_numpy()[1]              # of the last rays there was no room for some
     want = np.concatenate(want[:there[:n_kept].sum()])
     got = fine.sample.to_numpy().reshape(-1, 5)
-    assert_close("sample_where_light_is", got[:len(want)], want, 3e-5)
+    assert_close("sample_where_light_is", got[:len(want)], want, 1e-4 if bent else 3e-5)
     assert (got[len(want):] == 9).all() and fine.counter.to_numpy()[0] == len(want)
     assert (got[:len(want), 4] > -1e-6).all() and (n_kept < n_rays) == (merge == 1)
     assert np.array_equal(fine.ray_step.to_numpy(), np.where(np.arange(n_rays) < n_kept, k.END, 0))
@@ -1863,6 +1867,7 @@ def softplus(x):
 
 HEADS = dict(nerf=dict(sigma=lambda raw: softplus(raw - 1), rgb=sigmoid),
              mipnerf=dict(sigma=lambda raw: softplus(raw - 1), rgb=lambda raw: 1.002 * sigmoid(raw) - 0.001))
+HEADS["mipnerf360"] = HEADS["mipnerf"]
 
 
 @pytest.mark.parametrize("name", HEADS)
@@ -1885,29 +1890,31 @@ def test_heads(rng, name):
 
 
 def deep_model(flat, net, feature, direction, heads):
-    """rgb and sigma [n, 4] of a deep network from its numbers in `params`, [n_weights]."""
+    """rgb and sigma [n, 4] of a deep network from its numbers in `params`, [n_weights]; black without a color MLP."""
     h = np.zeros((len(feature), 0))
     for layer in net.layers:
         n_in, at = layer.n_x + 64 * layer.n_h, layer.param - net.first
         W = layer_matrix(flat[at:at + 64 * n_in * layer.n_out], n_in, layer.n_out)
         h = np.maximum(np.hstack([feature[:, :layer.n_x], h[:, :64 * layer.n_h]]) @ W, 0)
     x = h
-    for mlp in (net.density, net.color):
+    for mlp in (net.density, *([net.color] if net.color else [])):
         at = mlp.first - net.first
         W = flat[at:at + 64 * (mlp.n_in + mlp.n_out)].reshape(-1, 64)
         y = mlp_model(x, [W[:mlp.n_in], W[mlp.n_in:]])[-1]
         geometry, x = y if mlp is net.density else geometry, np.hstack([y, direction_model(direction)])
-    return np.column_stack([heads["rgb"](y), heads["sigma"](geometry[:, 0])])
+    sigma = heads["sigma"](geometry[:, 0])
+    return np.column_stack([heads["rgb"](y) if net.color else 0 * geometry[:, :3], sigma])
 
 
-FAMILY = dict(nerf=dict(coarse=4, fine=5, blocks=2), mipnerf=dict(coarse=6, fine=6, blocks=1))
+FAMILY = dict(nerf=dict(coarse=4, fine=5, blocks=2), mipnerf=dict(coarse=6, fine=6, blocks=1),
+              mipnerf360=dict(coarse=6, fine=5, blocks=1, proposal=2, distortion=0.5))
 
 
-@pytest.mark.parametrize("name", FAMILY)
-def test_full_gradient_sampled(rng, monkeypatch, name):
+@pytest.mark.parametrize("name, space", [*((name, BOX) for name in FAMILY), ("mipnerf360", SPACE)])
+def test_full_gradient_sampled(rng, monkeypatch, name, space):
     """A step of a model that samples launches the wrong kernel, or one on the wrong buffer, or in the wrong order."""
-    n_rays, family = 20, tinynerf.MODELS[name]
-    m = family.make({**TINY, **FAMILY[name], "march": 1024, "chunk": 61}, BOX)
+    n_rays, family, unbounded = 20, tinynerf.MODELS[name], space.unbounded
+    m = family.make({**TINY, **FAMILY[name], "march": 1024, "chunk": 61}, space)
     m.initialize(7)
     size = sizes((9, 9, 0), (12, 6, 0))
     camera = np.array([look_at([1.6, 0.9, 1.1 - v / 3], [0.5, 0.5 + v / 9, 0.5], 8, width, height)
@@ -1932,23 +1939,31 @@ def test_full_gradient_sampled(rng, monkeypatch, name):
         n_samples, owner = at.counter.to_numpy()[0], at.sample_ray.to_numpy()
         sample = at.sample.to_numpy().reshape(-1, 5)[:n_samples].astype(np.float64)
         span, owner = at.span.to_numpy().reshape(-1, 2)[:n_rays], owner[:n_samples]
-        assert np.array_equal(span[:, 1], n * (ray[:, 3] < ray[:, 7])) and 0 < (span[:, 1] == 0).sum() < n_rays
-        feature = ENCODINGS[family.encoding](sample, ray[owner], camera[view[owner]])
+        assert np.array_equal(span[:, 1], n * (ray[:, 3] < ray[:, 7])) and (0 < (span[:, 1] == 0).sum()) != unbounded
+        feature = ENCODINGS[family.encoding](sample, ray[owner], camera[view[owner]], unbounded)
         levels.append((at.net, span, sample, feature, ray[owner, 4:7]))
+
+    fine_weight = []
 
     def model(params):
         """Pixels of both levels, their losses, and the sum of the weighted losses."""
-        pixels = []
+        pixels, sigmas, total = [], [], 0
         for net, span, sample, feature, direction in levels:
             flat = params[net.first:net.first + net.n_weights]
             rgb_sigma = deep_model(flat, net, feature, direction, HEADS[name])
             pixels.append(composite_model(span, sample, rgb_sigma, start)[0])
+            sigmas.append(rgb_sigma[:, 3])
+        if name == "mipnerf360":                     # the fine weights are those at first, and get no gradient
+            coarse, fine = ((span, sample) for _, span, sample, *_ in levels)
+            fine_weight.append(weigh_model(*fine, sigmas[1]))
+            total = interlevel_model(*coarse, weigh_model(*coarse, sigmas[0]), *fine, fine_weight[0])[1].sum()
+            total += unbounded * 0.5 * distortion_model(*fine, sigmas[1]).sum()
         loss = [loss_model(pixel, truth, kept, background).sum() for pixel in pixels]
-        return pixels, loss, (COARSE_LOSS[name] * loss[0] + loss[1]) / n_rays
+        return pixels, loss, (COARSE_LOSS[name] * loss[0] + loss[1] + total) / n_rays
 
     params = m.params.to_numpy().ravel().astype(np.float64)
     pixels, loss, _ = model(params)
-    for what, got, want, sums in zip(("coarse", "fine"), losses, pixels, loss):
+    for what, got, want, sums in reversed(list(zip(("fine", "coarse"), losses[::-1], pixels[::-1], loss[::-1]))):
         assert_close(f"{name}: {what} pixels", got[0], want, 1e-4)
         assert_close(f"{name}: {what} loss", got[1], sums, 1e-4)
     assert np.abs(pixels[0] - pixels[1]).max() > 0.01
@@ -1958,53 +1973,81 @@ def test_full_gradient_sampled(rng, monkeypatch, name):
     parts += [(f"MLP {i}", mlp.first, 64 * (mlp.n_in + mlp.n_out)) for i, mlp in enumerate(m.mlps)]
     assert sum(size for _, _, size in parts) == params.size
     for what, first, size in parts:
-        way, h = np.zeros(params.size), 2e-9         # a larger h crosses the kinks of ReLUs
-        way[first:first + size] = rng.normal(size=size)
-        want = (model(params + h * way)[2] - model(params - h * way)[2]) / (2 * h)
-        assert_close(f"full gradient: {name}, {what}", [(grad * way).sum()], [want], 1e-4)
+        ways, h = np.zeros((3, params.size)), 2e-9   # a larger h crosses the kinks of ReLUs
+        ways[:, first:first + size] = rng.normal(size=(3, size))
+        want = [(model(params + h * way)[2] - model(params - h * way)[2]) / (2 * h) for way in ways]
+        assert_close(f"full gradient: {name}, {what}", ways @ grad, want, 1e-4)
 
 
-def cone_model(sample, ray, camera):
-    """The integrated encoding [n, 64] of conical frustums, for the ray and camera of each: mean and variances of the
-    frustum by numerical integration over its cross-sections, whose area is pi q^2 t^2."""
+def cone_moments(sample, ray, camera):
+    """Means [n, 3] and variances along and across [n] of conical frustums, for the ray and camera of each, by numerical
+    integration over their cross-sections, whose area is pi q^2 t^2."""
     forward = -camera[:, 2:12:4]
     q = 2 / math.sqrt(12) * (ray[:, 4:7] * forward).sum(1) / camera[:, 12]
     x, w = np.polynomial.legendre.leggauss(8)        # exact for polynomials up to degree 15
     t = sample[:, 3:4] + 0.5 * sample[:, 4:5] * x
     w = w * t**2 / (w * t**2).sum(1, keepdims=True)
-    mean = (w * t).sum(1)
-    along, across = (w * (t - mean[:, None]) ** 2).sum(1), (w * t**2).sum(1) * q**2 / 4
-    d = ray[:, 4:7]
-    variance = 4 * (along[:, None] * d**2 + across[:, None] * (1 - d**2))    # in [-1, 1]^3
-    p = 2 * (ray[:, :3] + mean[:, None] * d) - 1
-    fade = np.exp(-0.5 * (np.pi * 2.0 ** np.arange(k.FREQUENCIES))[:, None] ** 2 * variance[:, None, :])
-    waves = frequency_model(p, k.FREQUENCIES).reshape(len(p), -1, 2) * fade.reshape(len(p), -1, 1)
-    return np.hstack([waves.reshape(len(p), -1), np.zeros((len(p), 3)), np.ones((len(p), 1))])
+    mean = (w * t).sum(1, keepdims=True)
+    return ray[:, :3] + mean * ray[:, 4:7], (w * (t - mean) ** 2).sum(1), (w * t**2).sum(1) * q**2 / 4
 
 
-COARSE_LOSS = dict(nerf=1.0, mipnerf=0.1)
-ENCODINGS = dict(frequency_encode=lambda sample, ray, camera: point_model(sample[:, :3]), integrated_encode=cone_model)
+def gaussian_model(mean, variance):
+    """The integrated encoding [n, 64] of Gaussians in the cube."""
+    fade = np.exp(-0.5 * (np.pi * 2.0 ** np.arange(k.FREQUENCIES))[:, None] ** 2 * 4 * variance[:, None, :])
+    waves = frequency_model(2 * mean - 1, k.FREQUENCIES).reshape(len(mean), -1, 2) * fade.reshape(len(mean), -1, 1)
+    return np.hstack([waves.reshape(len(mean), -1), np.zeros((len(mean), 3)), np.ones((len(mean), 1))])
 
 
-def test_cones(rng):
-    """The moments of a frustum, or the mean of a wave over a Gaussian, are not what they should be; where frustums are
-    thin, long, or begin at the camera."""
-    n, n_rays = 200, 30
+def cone_model(sample, ray, camera, unbounded):
+    mean, along, across = cone_moments(sample, ray, camera)
+    return gaussian_model(mean, along[:, None] * ray[:, 4:7] ** 2 + across[:, None] * (1 - ray[:, 4:7] ** 2))
+
+
+def contracted_cone_model(sample, ray, camera, unbounded):
+    """The encoding of J Sigma J^T, J by central differences of the contraction."""
+    mean, along, across = cone_moments(sample, ray, camera)
+    axis, bend = ray[:, 4:7, None], contract_model if unbounded else lambda x: x
+    sigma = (along - across)[:, None, None] * axis * axis.transpose(0, 2, 1) + across[:, None, None] * np.eye(3)
+    J = np.stack([(bend(mean + h) - bend(mean - h)) / 2e-6 for h in 1e-6 * np.eye(3)], 2)
+    return gaussian_model(bend(mean), np.einsum("nab,nbc,nac->na", J, sigma, J))
+
+
+COARSE_LOSS = dict(nerf=1.0, mipnerf=0.1, mipnerf360=0.0)
+ENCODINGS = dict(frequency_encode=lambda sample, *_: point_model(sample[:, :3]), integrated_encode=cone_model,
+                 contracted_encode=contracted_cone_model)
+
+
+def some_cones(rng, n, n_rays, far):
+    """Samples on the rays of three cameras, up to `far` away; thin and long ones, some of which begin at the camera."""
     ray, sample = uniform(rng, n_rays, 8), uniform(rng, n, 5)
     sample_ray, view = rng.integers(0, n_rays, n), rng.integers(0, 3, n_rays)
     camera = np.array([look_at([1.6, 0.9, 1.1 - v / 3], [0.5, 0.5 + v / 9, 0.5], 40 + 9 * v, 40, 40) for v in range(3)])
     ray[:, :3], ray[:, 4:7] = camera[view, 3:12:4], -camera[view, 2:12:4] + 0.4 * ray[:, 4:7]
     ray[:, 4:7] /= np.linalg.norm(ray[:, 4:7], axis=1, keepdims=True)
     ray = ray.astype(np.float32).astype(np.float64)
-    sample[:, 4] = np.float32(10 ** rng.uniform(-3, -0.3, n))
-    sample[:, 3] = np.float32(0.5 * sample[:, 4] + np.where(np.arange(n) % 9, rng.uniform(0.3, 2.0, n), 0))
+    sample[:, 4] = np.float32(10 ** rng.uniform(-3, -0.3, n) * far / 2)
+    t = 10 ** rng.uniform(math.log10(0.5), math.log10(far), n)
+    sample[:, 3] = np.float32(0.5 * sample[:, 4] + np.where(np.arange(n) % 9, t, 0))
     sample[:, :3] = np.float32(ray[sample_ray, :3] + sample[:, 3:4] * ray[sample_ray, 4:7])
+    return sample, ray, sample_ray, view, camera
+
+
+@pytest.mark.parametrize("name, unbounded", [
+    ("integrated_encode", 0), ("contracted_encode", 0), ("contracted_encode", 1)])
+def test_cones(rng, name, unbounded):
+    """The moments of a frustum, what the contraction makes of them, or the mean of a wave over a Gaussian, are not what
+    they should be."""
+    n = 300
+    sample, ray, sample_ray, view, camera = some_cones(rng, n, 30, 8.0 if unbounded else 2.0)
     feature = rows(np.full((n + 5, 64), 9.0))
-    k.integrated_encode_forward(count(n), buf(sample_ray), buf(ray), buf(view), buf(camera), buf(sample), feature)
-    want = cone_model(sample, ray[sample_ray], camera[view[sample_ray]])
-    assert_close("integrated_encode", feature.to_numpy()[:n], want, 3e-4)
+    buffers = (buf(x) for x in (sample_ray, ray, view, camera, sample))
+    getattr(k, name + "_forward")(*([unbounded] if name == "contracted_encode" else []), count(n), *buffers, feature)
+    want = ENCODINGS[name](sample, ray[sample_ray], camera[view[sample_ray]], unbounded)
+    assert_close(f"{name}, unbounded {unbounded}", feature.to_numpy()[:n], want, 3e-4)
     assert (feature.to_numpy()[n:] == 9).all() and (np.abs(want[:, 54:60]).max(1) > 0.1).sum() > 5
     assert (np.abs(want[:, :6]).max(1) < 0.9).sum() > 5
+    inside = np.linalg.norm(cone_moments(sample, ray[sample_ray], camera[view[sample_ray]])[0] - 0.5, axis=1) < 0.25
+    assert 4 < inside.sum() < n / 2
 
 
 def test_widen_weights(rng):
@@ -2019,6 +2062,74 @@ def test_widen_weights(rng):
         want.append((pairs[1:] + pairs[:-1]) / 2 + 0.25)
     assert_close("widen_weights", wide.to_numpy()[:len(weight)], np.concatenate(want), 1e-6)
     assert (wide.to_numpy()[len(weight):] == 9).all()
+
+
+def weigh_model(span, sample, sigma):
+    """T_k alpha_k of all samples, also of those in the dark."""
+    return np.concatenate([weights_model(sigma[a:a + n] * sample[a:a + n, 4], t_stop=-1)[0] for a, n in span])
+
+
+def interlevel_model(coarse_span, coarse_sample, coarse_weight, span, sample, weight):
+    """The bound on each fine weight, and each ray's loss, from all pairs of its samples."""
+    bound, loss = np.zeros(len(sample)), np.zeros(len(span))
+    for r, ((first, n), (a, b)) in enumerate(zip(span, coarse_span)):
+        at, of = slice(first, first + n), slice(a, a + b)
+        low, high = (np.subtract.outer(sample[at, 3] + s * sample[at, 4] / 2, coarse_sample[of, 3] - s * coarse_sample[
+            of, 4] / 2) for s in (-1, 1))
+        bound[at] = ((low < 0) & (high > 0)) @ coarse_weight[of]
+        loss[r] = (np.maximum(weight[at] - bound[at], 0) ** 2 / (weight[at] + 1e-7)).sum()
+    return bound, loss
+
+
+def some_proposals(rng):
+    """Coarse and fine samples of rays, some of which have none: spans, samples and their weights."""
+    length, spans, samples = np.array([0, 1, 2, 9, 0, 20, 12]), [], []
+    for fine in (0, 1):
+        n = length * (1 + fine) + fine * (length > 0)
+        spans.append(np.stack([np.cumsum(n) - n, n], 1))
+        parts = []
+        for count in n[n > 0]:                       # the fine parts begin within the coarse ones; all end at 1.5
+            edge = np.sort(rng.uniform(0.2 + 0.1 * fine, 1.4, count))
+            edge[0] = 0.1 + 0.05 * fine
+            edge = np.append(edge, 1.5)
+            parts.append(np.stack([(edge[1:] + edge[:-1]) / 2, np.diff(edge)], 1))
+        samples.append(np.hstack([np.zeros((n.sum(), 3)), np.concatenate(parts)]).astype(np.float32).astype(np.float64))
+    weights = [weigh_model(span, sample, 10 ** rng.uniform(-2, 1, len(sample))) for span, sample in zip(spans, samples)]
+    return spans, samples, [weight.astype(np.float32).astype(np.float64) for weight in weights]
+
+
+def test_interlevel(rng):
+    """The bound on a fine weight is not that of all pairs of parts, or the gradient of what exceeds it is wrong."""
+    spans, samples, weights = some_proposals(rng)
+    coarse = [buf(x) for x in (spans[0], samples[0], weights[0])]
+    fine = [buf(x) for x in (spans[1], samples[1], weights[1])]
+    n, n_rays = [len(sample) for sample in samples], len(spans[0])
+    bound, loss, grad = buf(np.full(n[1] + 5, 9.0)), buf(np.full(n_rays + 1, 9.0)), buf(np.full(n[0] + 5, 9.0))
+    k.interlevel_forward(n_rays, *coarse, *fine, bound, loss)
+    want = interlevel_model(spans[0], samples[0], weights[0], spans[1], samples[1], weights[1])
+    assert_close("interlevel_forward: bound", bound.to_numpy()[:n[1]], want[0], 1e-6)
+    assert_close("interlevel_forward: loss", loss.to_numpy()[:n_rays], want[1], 1e-5)
+    exceeded = weights[1] > want[0]
+    assert 5 < exceeded.sum() < n[1] - 5 and (want[1] > 0).sum() >= 3
+    k.interlevel_backward(n_rays, buf(np.array([99, 4, 0, 0])), *coarse[:2], *fine, bound, grad)
+    way = uniform(rng, n[0])
+    numeric = numeric_gradient(lambda x: interlevel_model(spans[0], samples[0], x, spans[1], samples[1],
+                                                          weights[1])[1].sum() / 4, weights[0], 1e-7)
+    assert_close("interlevel_backward", grad.to_numpy()[:n[0]], numeric, 1e-4)
+    assert_close("  projected", [way @ grad.to_numpy()[:n[0]]], [way @ numeric], 1e-4)
+    assert (bound.to_numpy()[n[1]:] == 9).all() and loss.to_numpy()[-1] == 9 and (grad.to_numpy()[n[0]:] == 9).all()
+
+
+def test_weigh_samples_backward(rng):
+    """The gradient of a ray's weights is wrong, also where hardly any light is left."""
+    span, sample, rgb_sigma = some_samples(rng)
+    n, g, grad = len(sample), uniform(rng, len(sample)), buf(np.full((len(sample) + 5, 4), 9.0))
+    k.weigh_samples_backward(len(span), buf(span), buf(sample), buf(rgb_sigma), buf(g), grad)
+    got, sigma = grad.to_numpy().reshape(-1, 4), rgb_sigma[:, 3]
+    want = numeric_gradient(lambda x: g @ weigh_model(span, sample, x), sigma)
+    assert_close("weigh_samples_backward", got[:n, 3], want, 1e-5)
+    assert_close("  log sigma", sigma * got[:n, 3], sigma * want, 1e-5)
+    assert (got[:n, :3] == 0).all() and (got[n:] == 9).all()
 
 
 def both_model(span, sample, rgb_sigma, transient, t_stop=k.T_STOP):
@@ -2529,7 +2640,8 @@ def test_full_gradient_moving(rng, coarse, monkeypatch, name):
 def small_family(monkeypatch):
     """Models of the smallest kind, as small as a renderer in software wants them."""
     for name in FAMILY:
-        monkeypatch.setattr(tinynerf.MODELS[name], "settings", {MACHINE: dict(coarse=8, fine=8, blocks=1, batch=512)})
+        monkeypatch.setattr(tinynerf.MODELS[name], "settings", {MACHINE: dict(
+            coarse=8, fine=8, blocks=1, proposal=1, distortion=0.01, batch=512)})
 
 
 @pytest.mark.parametrize("name", [*FAMILY, "nerfw", "nerfies", "hypernerf"])
@@ -2539,7 +2651,10 @@ def test_family_commands(tiny, small_family, monkeypatch, capsys, name):
     if name in FAMILY:                               # small: a renderer in software takes long
         tinynerf.MODELS[name].settings[MACHINE].update(coarse=4, fine=4, march=512, batch=256)
     shutil.rmtree("scene")
-    write_scene(tiny / "scene", n_train=8, size=12)
+    if name == "mipnerf360":
+        write_capture(tiny / "scene")                # of a scene without end
+    else:
+        write_scene(tiny / "scene", n_train=8, size=12)
     np.save("scene/points.npy", np.float32([[0.1, 0.2, 0.3], [-0.4, 0.5, 0.6]]))             # which moving models read
     launched, plain = set(), {kernel: f for kernel, f in vars(k).items() if hasattr(f, "_is_wrapped_kernel")}
 
@@ -2594,14 +2709,15 @@ def test_family_commands(tiny, small_family, monkeypatch, capsys, name):
     assert set((tinynerf.step_work if m.marches else tinynerf.sampled_work)(m, 9, 9, 9)) == launched
 
     info = json.loads(str(run["info"]))
-    for model in ("nerf" if name == "nerfw" else "ngp", "another", 3, [], None):
+    for model in ("nerf" if name in ("nerfw", "mipnerf360") else "ngp", "another", 3, [], None):
         np.savez("run/model.npz", **{**run, "info": np.array(json.dumps({**info, "model": model}))})
         assert "model.npz is not usable" in fails(capsys, "render", "run")
     assert "--model" in fails(capsys, "train", "scene", "--resume", "run", "--model", name)
 
 
 FAMILY_LOSSES = dict(nerf=[0.066918, 0.060580, 0.037782, 0.050855, 0.082852],
-                     mipnerf=[0.063593, 0.061539, 0.048774, 0.043989, 0.072081])
+                     mipnerf=[0.063593, 0.061539, 0.048774, 0.043989, 0.072081],
+                     mipnerf360=[0.060918, 0.060049, 0.058760, 0.043390, 0.076645])
 
 
 @pytest.mark.parametrize("name", FAMILY)
@@ -4453,7 +4569,7 @@ def buffers_within(part):
             if isinstance(x, ti.Ndarray):
                 yield name, x
             elif isinstance(x, types.SimpleNamespace):
-                yield from buffers_within(x)
+                yield from ((f"{name}.{inner}", y) for inner, y in buffers_within(x))
 
 
 GOLDEN_SIZES = sizes((19, 13, 0), (17, 11, 1), (12, 16, 0))
@@ -4472,8 +4588,8 @@ def golden_scene(rng, m, rate=1e-2):
     space, n_rays, size, camera = m.space, m.settings["rays"], GOLDEN_SIZES, golden_cameras()
     n_pixels = (size[:, 1] * size[:, 2]).sum()
     for name, x in buffers_within(m):                # what lies beyond the counts may be anything
-        if not re.search("params|moment|level|weight|view_|counter|occupancy|density_grid|lit_step|bad_step|each|time",
-                         name):
+        if not re.search("params|moment|level|weight|view_|counter|occupancy|density_grid|lit_step|bad_step|each|time|"
+                         "proposal.grad", name):
             fill = 33 if name == "march_feature" else FILLS[0]["i" if x.dtype == ti.i32 else "f"]      # which is copied
             x.from_numpy(np.full_like(x.to_numpy(), fill))
     rgba = rng.integers(0, 256, (n_pixels, 4), np.uint8)
@@ -4709,10 +4825,10 @@ def golden_sampling(rng):
         return buf(some), buf(np.zeros(n_rays, int)), buf(np.zeros((total, 5))), buf(np.zeros(total, int))
     t = ray[:, 3:4] + (np.arange(n) + rng.random((n_rays, n))) / n * (ray[:, 7] - ray[:, 3])[:, None]
     weight = rng.choice([1, 5], length.sum()) * uniform(rng, length.sum(), low=0.2)
-    for merge, middle, jitter in ((1, 0.25, 0), (0, 0.5, 1)):
+    for merge, bent, middle, jitter in ((1, 0, 0.25, 0), (0, 1, 0.5, 1)):
         sample = np.concatenate([place_model(r, at, middle) for r, at, m in zip(ray, t, length) if m])
-        k.sample_even(n_rays, n, middle, jitter, 7, 12, buf(ray), *out(n))
-        k.sample_where_light_is(n_rays, n_fine, merge, middle, jitter, 7, 12, buf(ray), buf(span), buf(sample),
+        k.sample_even(n_rays, n, bent, middle, jitter, 7, 12, buf(ray), *out(n))
+        k.sample_where_light_is(n_rays, n_fine, merge, bent, middle, jitter, 7, 12, buf(ray), buf(span), buf(sample),
                                 buf(weight), *out(n_fine + merge * n))
     length = rng.integers(0, 9, n_rays)
     span, total = np.stack([np.cumsum(length) - length, length], 1), length.sum()
@@ -4836,6 +4952,8 @@ def golden_motions(rng):
 # Of each model of the family, what its small one has; and launches of Part II's kernels with what does not occur there
 GOLDEN_MODELS = dict(nerf=dict(march=149 * 5, coarse=3, fine=2),
                      mipnerf=dict(march=149 * 6, coarse=3, fine=3, blocks=2),
+                     mipnerf360=dict(march=149 * 6, coarse=3, fine=3, blocks=2, proposal=1, distortion=0.01,
+                                     space=SPACE),
                      nerfw=dict(march=640, rays=149, train_steps=24, n_photos=3),
                      nerfies=dict(march=640, rays=149, train_steps=24, n_photos=3),
                      hypernerf=dict(march=640, rays=149, train_steps=24, n_photos=3))
@@ -4846,7 +4964,7 @@ def golden_family(rng, scene, name):
     """golden_launches() of a model of the family: a step and a picture of a small one; what does not occur there."""
     settings = {**TINY, **COARSE, "grid": 16, "block": 2, "blocks": 1, "chunk": 137, "hash_chunk": 640,
                 **GOLDEN_MODELS[name]}
-    m = tinynerf.MODELS[name].make(settings, BOX, settings.pop("n_photos", 0), 3)
+    m = tinynerf.MODELS[name].make(settings, settings.pop("space", BOX), settings.pop("n_photos", 0), 3)
     m.initialize(10)
     x = m.params.to_numpy().ravel()
     x = np.where(np.abs(x) > tinynerf.TABLE_BOUND, x, uniform(rng, x.size))  # the table and the codes are next to 0
@@ -5101,7 +5219,7 @@ def plant_bugs(folder):
         np.savez(os.path.join(folder, f"bug_{number}.npz"), **port)
 
 
-# The command for each model, then planted mistakes, in a process in which Taichi starts once: no kernel is compiled twice
+# The command for each model, then planted mistakes; Taichi starts once in it, so that no kernel is compiled twice
 GOLDEN = """
 import functools, os, sys, tinynerf, test_tinynerf
 tinynerf.start_taichi = functools.cache(tinynerf.start_taichi)
@@ -5345,7 +5463,7 @@ PORT_BUGS = {
     "CDF: the part before": ("sample_where_light_is", "sample_where_light_is", "before + weight[part] <= target",
                              "before + weight[part] + weight[part + 1] <= target"),
     "CDF: not normalised": ("sample_where_light_is", "sample_where_light_is", "(j + u) / n * total", "(j + u) / n"),
-    "CDF: from the middle": ("sample_where_light_is", "sample_where_light_is", "(share - middle) * dt", "share * dt"),
+    "CDF: from the middle": ("sample_where_light_is", "sample_where_light_is", "- middle * dt", ""),
     "merged in another order": ("sample_where_light_is", "sample_where_light_is",
                                 "coarse_sample[5 * kept + 3] <= t", "coarse_sample[5 * kept + 3] <= t + dt"),
     "coarse samples left out": ("sample_where_light_is", "sample_where_light_is", "kept < end and i <",
@@ -5367,14 +5485,21 @@ PORT_BUGS = {
     "softplus: another slope": ("density_softplus_backward", "density_softplus_backward", "1.0 - ti.exp(-rgb_sigma",
                                 "ti.exp(-rgb_sigma"),
     "the neighbour ray's weight": ("widen_weights", "widen_weights", "ti.max(i - 1, first)", "ti.max(i - 1, 0)"),
-    "fade of another wave": ("integrated_encode_forward", "integrated_encode_forward", "exponent *= 4.0",
-                             "exponent *= 2.0"),
+    "fade of another wave": ("integrated_encode_forward", "encode_gaussian", "exponent *= 4.0", "exponent *= 2.0"),
     "cones: along and across": ("integrated_encode_forward", "integrated_encode_forward",
                                 "v_t * d * d + v_r * (1.0 - d * d)", "v_r * d * d + v_t * (1.0 - d * d)"),
-    "cones: the middle is the mean": ("integrated_encode_forward", "integrated_encode_forward",
-                                      "+ 2.0 * t * h * h / scale * d", ""),
-    "cones: square pixels": ("integrated_encode_forward", "integrated_encode_forward", "camera[m + 13]",
-                             "camera[m + 12]"),
+    "cones: the middle is the mean": ("integrated_encode_forward", "integrated_encode_forward", " + shift * d", ""),
+    "cones: square pixels": ("integrated_encode_forward", "frustum", "camera[m + 13]", "camera[m + 12]"),
+    "samples even in t": ("sample_even", "bend", "ti.select(bent == 1, -1.0 / (t + RADIUS), t)", "t"),
+    "covariance without the Jacobian": ("contracted_encode_forward", "contracted_encode_forward",
+                                        "if unbounded == 1 and n > 1.0:", "if False:"),
+    "Jacobian along the ray": ("contracted_encode_forward", "contracted_encode_forward",
+                               "across * d[c] + (along - across) * d_e * e[c]", "along * d[c]"),
+    "a bound of one part": ("interlevel_forward", "interlevel_forward", "foreseen += coarse_weight[at]",
+                            "foreseen = coarse_weight[at]"),
+    "a bound that is met": ("interlevel_backward", "interlevel_backward", "ti.max(weight[i] - bound[i], 0.0)",
+                            "(weight[i] - bound[i])"),
+    "behind in front": ("weigh_samples_backward", "weigh_samples_backward", "- behind)", "+ behind)"),
     "no margin": ("color_wide_forward", "color_wide_forward", "(1.0 + ti.exp(-color_raw[i][c])) - MARGIN",
                   "(1.0 + ti.exp(-color_raw[i][c]))"),
     "half a margin": ("color_wide_backward", "color_wide_backward", "(rgb_sigma[4 * i + c] + MARGIN)",

@@ -8,7 +8,7 @@
     python tinynerf.py mesh runs/lego         writes its surface as a triangle mesh
     python tinynerf.py bench                  times every kernel
     python tinynerf.py export runs/lego DIR   the model and its kernels for programs in other languages
-    python tinynerf.py train data/lego --model mipnerf       another member of the family: nerf, mipnerf, nerfw
+    python tinynerf.py train data/lego --model mipnerf       another member of the family, see MODELS
 
 kernels.py holds everything that a port to another GPU language has to rewrite; this file is what it can keep: scenes,
 buffers, the list of launches (forward, backward), the training loop, rendering and the command line.
@@ -20,6 +20,7 @@ import csv
 import gc
 import importlib.util
 import inspect
+import itertools
 import json
 import math
 import os
@@ -493,13 +494,14 @@ def count_rows(n_in, n_hidden, n_out):
 class Model:
     """The field's parameters and all buffers of a step. n = march, the most samples in flight."""
 
-    name, marches = "ngp", True                      # see MODELS; whether an occupancy grid says where samples may be
+    name, marches = "ngp", True                      # see MODELS; whether an occupancy grid says where samples may be,
+    endless = True                                   # and whether they may be anywhere in space
     KEPT = ("params", "occupancy", "moment", "density_grid", "lit_step")     # buffers that outlive a step,
     DRAWN = ("params", "occupancy")                                          # and those that a picture needs
     nets, more_mlps = (), {}                         # deep networks, see SampledModel; MLPs of the family's models
     coded, code_sets, moves = ("color",), 1, False   # MLPs that get photographs' codes, how many each; see Nerfies
     decay, progress = DECAY, 0.0                     # for update_occupancy; how far training is, 0..1
-    rate_shares = ()                                 # rows of params that learn at another rate: (n, first, share) of all
+    rate_shares = ()                                 # (n, first, share) of all rows of params, where rates differ
 
     def __init__(self, settings, space, n_photos=0, n_levels=N_LEVELS, training=True, dry=False):
         """settings: an entry of MACHINES; space: from place_scene; n_photos: that get codes, for their differences. A
@@ -834,18 +836,17 @@ class SampledModel(Model):
     """Buffers of a model that samples its rays from end to end, at first coarsely, then where that found something; its
     networks are deep, and there is neither hash grid nor occupancy grid. n = march, the most samples of either kind."""
 
-    marches, KEPT, DRAWN = False, ("params", "moment"), ("params",)
+    marches, endless, KEPT, DRAWN = False, False, ("params", "moment"), ("params",)
 
     def __init__(self, settings, space, n_photos=0, n_levels=N_LEVELS, training=True, dry=False):
-        n, blocks = settings["march"], settings["blocks"]
+        n = settings["march"]
         n_rays = max(1, n // (settings["coarse"] + settings["fine"]))        # so that none is ever dropped
         self.settings, self.space, self.n_photos = {**settings, "rays": n_rays}, space, n_photos
         self.n_levels, self.dry, self.buffers, self.n_code, self.n_slots = n_levels, dry, [], 0, 0
         self.mlps, self.nets, f32, i32 = [], [], ti.f32, ti.i32
-        for _ in range(MODELS[self.name].n_nets):
-            self.nets.append(self.new_net(sum(net.n_weights for net in self.nets), blocks))
+        self.new_nets()
         self.n_rows = sum(net.n_weights for net in self.nets) // k.N_FEATURES
-        self.pitch = self.nets[0].n_weights + 16                 # of a row of `partial`
+        self.pitch = max(net.n_weights for net in self.nets) + 16            # of a row of `partial`
         self.params = self.new(k.rowF, self.n_rows)              # of one network after the other
 
         self.ray_pixel, self.ray_view, self.ray_code = (self.new(i32, n_rays) for _ in range(3))
@@ -858,7 +859,7 @@ class SampledModel(Model):
         self.march_counter, self.counter = self.coarse.counter, self.fine.counter
         self.weight = self.new(f32, n)                           # of the coarse samples in their pixels
         self.feature = self.new(k.row64, n)                      # frequencies
-        self.hidden = [self.new(k.row64, layer.n_out * n) for layer in self.nets[0].layers]
+        self.hidden = [self.new(k.row64, layer.n_out * n) for layer in self.nets[-1].layers]
         self.density_hidden, self.geometry = self.new(k.row64, n), self.new(k.row16, n)
         self.color_input, self.color_hidden = self.new(k.row64, n), self.new(k.row64, n)
         self.color_raw, self.rgb_sigma = self.new(k.row16, n), self.new(f32, 4 * n)
@@ -873,24 +874,31 @@ class SampledModel(Model):
         self.grad_color_raw, self.grad_color_hidden = self.new(k.row16, n), self.new(k.row64, n)
         self.grad_color_input, self.grad_geometry = self.new(k.row64, n), self.new(k.row16, n)
         self.grad_density_hidden = self.new(k.row64, n)
-        self.grad_hidden = [self.new(k.row64, layer.n_out * n) for layer in self.nets[0].layers]
+        layers = itertools.zip_longest(*([layer.n_out for layer in net.layers] for net in self.nets), fillvalue=0)
+        self.grad_hidden = [self.new(k.row64, max(n_out) * n) for n_out in layers]           # of either network
 
-    def new_net(self, first, blocks):
-        """A network of 8 layers, the last of them the density MLP's; the encoding enters the first and the fifth."""
-        sizes = [(k.WIDTH, 0, blocks), *3 * [(0, blocks, blocks)], (k.WIDTH, blocks, blocks), (0, blocks, blocks),
-                 (0, blocks, 1)]
-        layers, param, row, row_t = [], first, 0, 0
+    def new_nets(self):
+        """Networks of 8 layers, the last of them the density MLP's; the encoding enters the first and the fifth."""
+        for blocks in MODELS[self.name].n_nets * [self.settings["blocks"]]:
+            self.new_net([(k.WIDTH, 0, blocks), *3 * [(0, blocks, blocks)], (k.WIDTH, blocks, blocks),
+                          (0, blocks, blocks), (0, blocks, 1)], True)
+
+    def new_net(self, sizes, colored):
+        """One more network, of layers of these sizes (see k.layer_forward), the density MLP and maybe the color MLP."""
+        first = sum(net.n_weights for net in self.nets)
+        layers, param, row, row_t, color = [], first, 0, 0, None
         for n_x, n_h, n_out in sizes:
             layers.append(types.SimpleNamespace(n_x=n_x, n_h=n_h, n_out=n_out, param=param, row=row, row_t=row_t))
             param += k.WIDTH * n_out * (n_x + k.WIDTH * n_h)
             row, row_t = row + n_out * (n_x + k.WIDTH * n_h), row_t + n_out * n_h * k.WIDTH
         density = self.new_mlp(param, k.WIDTH, 1, k.OUTPUT)
         param += k.WIDTH * count_rows(k.WIDTH, 1, k.OUTPUT)
-        n_color = k.OUTPUT + 6 * k.DIRECTION_FREQUENCIES + 4
-        color = self.new_mlp(param, n_color, 1, 3)
-        return types.SimpleNamespace(
-            first=first, n_weights=param + k.WIDTH * count_rows(n_color, 1, 3) - first, layers=layers, density=density,
-            color=color, weight=self.new(k.row64, row), weight_t=self.new(k.row64, row_t))
+        if colored:
+            color = self.new_mlp(param, k.OUTPUT + 6 * k.DIRECTION_FREQUENCIES + 4, 1, 3)
+            param += k.WIDTH * count_rows(color.n_in, 1, 3)
+        self.nets.append(types.SimpleNamespace(
+            first=first, n_weights=param - first, layers=layers, density=density, color=color,
+            weight=self.new(k.row64, row), weight_t=self.new(k.row64, row_t)))
 
     def initialize(self, seed):
         """Random parameters: layers He uniform (bound sqrt(6 / inputs)), since there are many; MLPs as in ngp."""
@@ -913,6 +921,30 @@ class MipNeRF(SampledModel):
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
         self.wide_weight = self.new(ti.f32, self.settings["march"])
+
+
+class MipNeRF360(MipNeRF):
+    """Barron et al. 2022: cones in all of space, and a network for the coarse samples that is small and of density
+    alone. Its buffers outlive the fine samples' forward launches: it learns after them."""
+    name, endless = "mipnerf360", True
+
+    def __init__(self, settings, space, n_photos=0, n_levels=N_LEVELS, training=True, dry=False):
+        super().__init__(settings, space, n_photos, n_levels, training, dry)
+        n, f32 = settings["march"], ti.f32
+        self.proposal = types.SimpleNamespace(
+            feature=self.new(k.row64, n), hidden=[self.new(k.row64, layer.n_out * n) for layer in self.nets[0].layers],
+            density_hidden=self.new(k.row64, n), geometry=self.new(k.row16, n), rgb_sigma=self.new(f32, 4 * n))
+        if training:
+            self.proposal.grad_color_input = self.new(k.row64, n)            # 0: it has no color
+            self.fine_weight, self.bound, self.grad_weight = (self.new(f32, n) for _ in range(3))
+            self.interlevel = self.new(f32, self.settings["rays"])
+            self.distortion = self.new(f32, 3 * self.settings["rays"])
+
+    def new_nets(self):
+        """The proposal network, of 4 layers, the last of them the density MLP's, and the other one."""
+        blocks = self.settings["proposal"]
+        self.new_net([(k.WIDTH, 0, blocks), (0, blocks, blocks), (0, blocks, 1)], False)
+        super().new_nets()
 
 
 class WildModel(Model):
@@ -1004,36 +1036,41 @@ def load_layers(m, net):
 
 def sample_rays(m, n_rays, at, size, camera, jitter, seed, step):
     """Rays to samples: `at` is m.coarse, or m.fine after the forward launches of m.coarse. Wipes the pixels."""
-    family, n, middle = MODELS[m.name], m.settings["coarse"], MODELS[m.name].middle
+    family, n, bent, middle = MODELS[m.name], m.settings["coarse"], m.space.unbounded, MODELS[m.name].middle
     k.generate_rays(n_rays, m.space.unbounded, m.space.near, 0.0, 0, seed, step, m.ray_pixel, m.ray_view, size, camera,
                     m.ray, m.ray_step, m.pixel, m.depth)
     if at is m.coarse:
         k.count_even(n_rays, n, m.ray, at.span)
         scan(n_rays, m.settings["block"], m.settings["march"], at.span, m.block_start, at.counter)
-        k.sample_even(n_rays, n, middle, jitter, seed, step, m.ray, at.span, m.ray_step, at.sample, at.sample_ray)
+        k.sample_even(n_rays, n, bent, middle, jitter, seed, step, m.ray, at.span, m.ray_step, at.sample, at.sample_ray)
     else:
         weight = family.weigh(m, n_rays)
         k.count_even(n_rays, m.settings["fine"] + family.merge * n, m.ray, at.span)
         scan(n_rays, m.settings["block"], m.settings["march"], at.span, m.block_start, at.counter)
-        k.sample_where_light_is(n_rays, m.settings["fine"], family.merge, middle, jitter, seed, step, m.ray,
+        k.sample_where_light_is(n_rays, m.settings["fine"], family.merge, bent, middle, jitter, seed, step, m.ray,
                                 m.coarse.span, m.coarse.sample, weight, at.span, m.ray_step, at.sample, at.sample_ray)
+
+
+def deep_forward(m, at, of, camera):
+    """Samples to densities, in the buffers `of` the model or of its proposals."""
+    net, mlp, counter, capacity, family = at.net, at.net.density, at.counter, m.settings["march"], MODELS[m.name]
+    cones = (at.sample_ray, m.ray, m.ray_view, camera) if family.cones else ()
+    space = (m.space.unbounded,) if m.endless else ()
+    getattr(k, family.encoding + "_forward")(*space, counter, *cones, at.sample, of.feature)
+    h = of.hidden[0]                                 # of which the first layer takes nothing
+    for layer, y in zip(net.layers, of.hidden):
+        k.layer_forward(layer.n_x, layer.n_h, layer.n_out, layer.row, capacity, counter, of.feature, h, net.weight, y)
+        h = y
+    k.mlp_forward(mlp.n_in, mlp.n_hidden, capacity, counter, h, mlp.weight, mlp.weight_out, of.density_hidden,
+                  of.geometry)
+    getattr(k, family.density + "_forward")(counter, of.geometry, of.rgb_sigma)
 
 
 def sampled_forward(m, n_rays, at, camera):
     """Samples to pixels."""
-    net, counter, capacity, family = at.net, at.counter, m.settings["march"], MODELS[m.name]
-    cones = (at.sample_ray, m.ray, m.ray_view, camera) if family.cones else ()
-    getattr(k, family.encoding + "_forward")(counter, *cones, at.sample, m.feature)
-    h = m.hidden[0]                                  # of which the first layer takes nothing
-    for layer, y in zip(net.layers, m.hidden):
-        k.layer_forward(layer.n_x, layer.n_h, layer.n_out, layer.row, capacity, counter, m.feature, h, net.weight, y)
-        h = y
-    mlp = net.density
-    k.mlp_forward(mlp.n_in, mlp.n_hidden, capacity, counter, h, mlp.weight, mlp.weight_out, m.density_hidden,
-                  m.geometry)
-    getattr(k, family.density + "_forward")(counter, m.geometry, m.rgb_sigma)
+    mlp, counter, capacity, family = at.net.color, at.counter, m.settings["march"], MODELS[m.name]
+    deep_forward(m, at, m, camera)
     k.direction_input_forward(counter, m.geometry, at.sample_ray, m.ray, m.color_input)
-    mlp = net.color
     k.mlp_forward(mlp.n_in, mlp.n_hidden, capacity, counter, m.color_input, mlp.weight, mlp.weight_out, m.color_hidden,
                   m.color_raw)
     getattr(k, family.color + "_forward")(counter, m.color_raw, m.rgb_sigma)
@@ -1042,28 +1079,38 @@ def sampled_forward(m, n_rays, at, camera):
 
 def sampled_backward(m, n_rays, at):
     """Mirror of sampled_forward(): from grad_pixel to grad_params."""
-    net, counter, capacity, family = at.net, at.counter, m.settings["march"], MODELS[m.name]
-    chunk, pitch, mlp = m.settings["chunk"], m.pitch, net.color
+    net, mlp, counter, capacity, family = at.net, at.net.color, at.counter, m.settings["march"], MODELS[m.name]
+    chunk, pitch = m.settings["chunk"], m.pitch
     k.composite_backward(n_rays, at.span, at.sample, m.rgb_sigma, m.pixel, m.grad_pixel, m.grad_rgb_sigma)
+    if m.space.unbounded:
+        k.distortion_forward(n_rays, at.span, at.sample, m.rgb_sigma, m.distortion)
+        k.distortion_backward(n_rays, m.settings["distortion"], counter, at.span, at.sample, m.rgb_sigma, m.distortion,
+                              m.grad_rgb_sigma)
     getattr(k, family.color + "_backward")(counter, m.rgb_sigma, m.grad_rgb_sigma, m.grad_color_raw)
     k.mlp_backward_input(mlp.n_hidden, mlp.n_out, capacity, counter, m.color_hidden, mlp.weight_t, m.grad_color_raw,
                          m.grad_color_hidden, m.grad_color_input)
     k.mlp_backward_weight(mlp.n_in, mlp.n_hidden, mlp.n_out, capacity, chunk, pitch, mlp.first - net.first, counter,
                           m.color_input, m.color_hidden, m.grad_color_hidden, m.grad_color_raw, m.partial)
-    mlp = net.density
-    getattr(k, family.density + "_backward")(counter, m.rgb_sigma, m.grad_rgb_sigma, m.grad_color_input,
+    deep_backward(m, at, m)
+
+
+def deep_backward(m, at, of):
+    """Mirror of deep_forward(): from grad_rgb_sigma and grad_color_input to grad_params."""
+    net, mlp, counter, capacity, family = at.net, at.net.density, at.counter, m.settings["march"], MODELS[m.name]
+    chunk, pitch, last = m.settings["chunk"], m.pitch, len(net.layers) - 1
+    getattr(k, family.density + "_backward")(counter, of.rgb_sigma, m.grad_rgb_sigma, of.grad_color_input,
                                              m.grad_geometry)
-    k.mlp_backward_input(mlp.n_hidden, mlp.n_out, capacity, counter, m.density_hidden, mlp.weight_t, m.grad_geometry,
-                         m.grad_density_hidden, m.grad_hidden[-1])
+    k.mlp_backward_input(mlp.n_hidden, mlp.n_out, capacity, counter, of.density_hidden, mlp.weight_t, m.grad_geometry,
+                         m.grad_density_hidden, m.grad_hidden[last])
     k.mlp_backward_weight(mlp.n_in, mlp.n_hidden, mlp.n_out, capacity, chunk, pitch, mlp.first - net.first, counter,
-                          m.hidden[-1], m.density_hidden, m.grad_density_hidden, m.grad_geometry, m.partial)
-    k.relu_backward(counter, m.hidden[-1], m.grad_hidden[-1])
+                          of.hidden[last], of.density_hidden, m.grad_density_hidden, m.grad_geometry, m.partial)
+    k.relu_backward(counter, of.hidden[last], m.grad_hidden[last])
     for l, layer in reversed(list(enumerate(net.layers))):
         before = max(l - 1, 0)
         k.layer_backward_weight(layer.n_x, layer.n_h, layer.n_out, capacity, chunk, pitch, layer.param - net.first,
-                                counter, m.feature, m.hidden[before], m.grad_hidden[l], m.partial)
+                                counter, of.feature, of.hidden[before], m.grad_hidden[l], m.partial)
         if l > 0:
-            k.layer_backward_input(layer.n_h, layer.n_out, layer.row_t, capacity, counter, m.hidden[before],
+            k.layer_backward_input(layer.n_h, layer.n_out, layer.row_t, capacity, counter, of.hidden[before],
                                    net.weight_t, m.grad_hidden[l], m.grad_hidden[before])
     k.sum_partials(net.n_weights, chunk, pitch, net.first, counter, m.partial, m.grad_params)
 
@@ -1099,6 +1146,45 @@ def weigh_cones(m, n_rays):
     k.weigh_samples(n_rays, 0.0, m.coarse.span, m.coarse.sample, m.rgb_sigma, m.weight)
     k.widen_weights(n_rays, 0.01, m.coarse.span, m.weight, m.wide_weight)
     return m.wide_weight
+
+
+def propose(m, n_rays, size, camera, jitter, seed, step):
+    """Coarse samples of mip-NeRF 360, and their densities by the proposal network."""
+    sample_rays(m, n_rays, m.coarse, size, camera, jitter, seed, step)
+    deep_forward(m, m.coarse, m.proposal, camera)
+
+
+def weigh_proposals(m, n_rays):
+    """Mip-NeRF 360's weights."""
+    k.weigh_samples(n_rays, 0.0, m.coarse.span, m.coarse.sample, m.proposal.rgb_sigma, m.weight)
+    k.widen_weights(n_rays, 0.01, m.coarse.span, m.weight, m.wide_weight)
+    return m.wide_weight
+
+
+def proposed_step(m, n_rays, views, seed, step, learning_rate):
+    """train_step() of mip-NeRF 360: the fine pixels have a loss, and then what they found has one for the proposals."""
+    coarse, fine = m.coarse, m.fine
+    k.pick_pixels(n_rays, views.n, seed, step, views.size, m.ray_pixel, m.ray_view, m.ray_code)
+    propose(m, n_rays, views.size, views.camera, 1, seed, step)
+    sample_rays(m, n_rays, fine, views.size, views.camera, 1, seed, step)
+    sampled_forward(m, n_rays, fine, views.camera)
+    compare_pixels(m, n_rays, views, seed, step, fine.counter)
+    sampled_backward(m, n_rays, fine)
+    k.weigh_samples(n_rays, 0.0, fine.span, fine.sample, m.rgb_sigma, m.fine_weight)
+    k.interlevel_forward(n_rays, coarse.span, coarse.sample, m.weight, fine.span, fine.sample, m.fine_weight, m.bound,
+                         m.interlevel)
+    k.interlevel_backward(n_rays, coarse.counter, coarse.span, coarse.sample, fine.span, fine.sample, m.fine_weight,
+                          m.bound, m.grad_weight)
+    k.weigh_samples_backward(n_rays, coarse.span, coarse.sample, m.proposal.rgb_sigma, m.grad_weight, m.grad_rgb_sigma)
+    deep_backward(m, coarse, m.proposal)
+    adam(m, step + 1, learning_rate)
+
+
+def draw_proposed_rays(m, n_rays):
+    """draw_rays() of mip-NeRF 360."""
+    propose(m, n_rays, m.view_size, m.view_camera, 0, 0, 0)
+    sample_rays(m, n_rays, m.fine, m.view_size, m.view_camera, 0, 0, 0)
+    sampled_forward(m, n_rays, m.fine, m.view_camera)
 
 
 def transient_forward(m, n_rays):
@@ -1290,6 +1376,12 @@ MODELS = {name: types.SimpleNamespace(**parts) for name, parts in dict(
                  encoding="integrated_encode", cones=True, density="density_softplus", color="color_wide",
                  coarse_loss=0.1, settings=dict(cpu=dict(SAMPLED_CPU, coarse=32, fine=32),
                                                 gpu=dict(SAMPLED_GPU, coarse=128, fine=128))),
+    mipnerf360=dict(SAMPLED, make=MipNeRF360, step=proposed_step, draw=draw_proposed_rays, rates=(5e-3, 5e-4), n_nets=1,
+                    merge=0, middle=0.5, weigh=weigh_proposals, encoding="contracted_encode", cones=True,
+                    density="density_softplus", color="color_wide",
+                    info=dict(settings=dict(coarse=(1, 1024), fine=(1, 1024), blocks=(1, 16), proposal=(1, 4))),
+                    settings=dict(cpu=dict(SAMPLED_CPU, coarse=32, fine=24, proposal=1, distortion=0.01),
+                                  gpu=dict(SAMPLED_GPU, coarse=64, fine=32, proposal=4, distortion=0.01))),
     nerfw=dict(make=WildModel, step=wild_step, draw=draw_rays, rates=None, settings=dict(cpu={}, gpu={}), info={}),
     nerfies=dict(make=Nerfies, step=moving_step, draw=draw_rays, rates=None, settings=dict(cpu={}, gpu={}), info={}),
     hypernerf=dict(make=HyperNeRF, step=moving_step, draw=draw_rays, rates=None, settings=dict(cpu={}, gpu={}),
@@ -1897,9 +1989,9 @@ def count_photos(name, scene):
 
 def check_model(name, space):
     """UserError if a model cannot do what a scene asks for."""
-    if space.unbounded and not MODELS[name].make.marches:
+    if space.unbounded and not MODELS[name].make.endless:
         raise UserError(f"--model {name} knows only scenes in a box, and this one has no end",
-                        "use --model ngp, or an aabb_scale of 1 in transforms.json")
+                        "use --model ngp or mipnerf360, or an aabb_scale of 1 in transforms.json")
 
 
 def start_taichi(arch):
@@ -2592,29 +2684,43 @@ def step_work(m, rays, marched, kept):
 
 def sampled_work(m, rays, coarse, fine):
     """step_work() of the models that sample."""
-    n, net, rays, family = coarse + fine, m.nets[0], 2 * rays, MODELS[m.name]            # two levels
-    mlps = sum(2 * k.WIDTH * count_rows(mlp.n_in, mlp.n_hidden, mlp.n_out) for mlp in (net.density, net.color))
-    n_layers = sum(k.WIDTH * layer.n_out * (layer.n_x + k.WIDTH * layer.n_h) for layer in net.layers)
-    n_first = sum(k.WIDTH * layer.n_out * layer.n_x for layer in net.layers)             # have no gradient to hand on
-    return dict(
-        pick_pixels=("copy", 2 * rays), generate_rays=("copy", 60 * rays), count_even=("copy", 12 * rays),
-        sum_counts=("copy", 4 * rays), scan_blocks=("copy", 8 * rays // m.settings["block"]),
-        claim_spans=("copy", 12 * rays), sample_even=("copy", 20 * rays + 24 * coarse),
-        weigh_samples=("copy", 4 * rays + 12 * coarse),
-        sample_where_light_is=("copy", 24 * rays + 24 * coarse + 24 * fine),
-        **(dict(widen_weights=("copy", 4 * rays + 8 * coarse), weigh_loss=("copy", 16 * rays)) if family.cones else {}),
-        **{family.encoding + "_forward": ("copy", 4 * (3 + k.WIDTH) * n)}, layer_forward=("product", 2 * n_layers * n),
-        mlp_forward=("product", mlps * n), direction_input_forward=("copy", 4 * (17 + net.color.n_in) * n),
+    n, family, proposed, chunk = coarse + fine, MODELS[m.name], m.nets[0].color is None, m.settings["chunk"]
+    levels, twice = ((m.nets[0], coarse), (m.nets[-1], fine)), 2 * rays
+    shaded, seen = (fine, rays) if proposed else (n, twice)                  # samples and rays that have color
+    mlps, layers, first = (2 * k.WIDTH * sum(samples * count(net) for net, samples in levels) for count in (
+        lambda net: sum(count_rows(mlp.n_in, mlp.n_hidden, mlp.n_out) for mlp in (net.density, net.color) if mlp),
+        lambda net: sum(layer.n_out * (layer.n_x + k.WIDTH * layer.n_h) for layer in net.layers),
+        lambda net: sum(layer.n_out * layer.n_x for layer in net.layers)))   # hand no gradient on
+    n_mlps = k.WIDTH * sum(count_rows(mlp.n_in, mlp.n_hidden, mlp.n_out) for mlp in m.mlps)
+    work = dict(
+        pick_pixels=("copy", 4 * rays), generate_rays=("copy", 60 * twice), count_even=("copy", 12 * twice),
+        sum_counts=("copy", 4 * twice), scan_blocks=("copy", 8 * twice // m.settings["block"]),
+        claim_spans=("copy", 12 * twice), sample_even=("copy", 20 * twice + 24 * coarse),
+        weigh_samples=("copy", 4 * twice + 12 * coarse),
+        sample_where_light_is=("copy", 24 * twice + 24 * coarse + 24 * fine),
+        **{family.encoding + "_forward": ("copy", 4 * (3 + k.WIDTH) * n)}, layer_forward=("product", layers),
+        mlp_forward=("product", mlps), direction_input_forward=("copy", 4 * (17 + m.nets[-1].color.n_in) * shaded),
         **{family.density + "_forward": ("copy", 8 * n), family.density + "_backward": ("copy", 136 * n)},
-        **{family.color + "_forward": ("copy", 24 * n), family.color + "_backward": ("copy", 36 * n)},
-        composite_forward=("copy", 48 * rays + 24 * n), loss_and_gradient=("copy", 48 * rays),
-        composite_backward=("copy", 40 * rays + 36 * n), mlp_backward_input=("product", mlps * n),
-        mlp_backward_weight=("product", mlps * n), relu_backward=("copy", 12 * k.WIDTH * n),
-        layer_backward_input=("product", 2 * (n_layers - n_first) * n),
-        layer_backward_weight=("product", 2 * n_layers * n),
-        sum_partials=("copy", 4 * net.n_weights * (n // m.settings["chunk"] + 4)),
-        adam_step=("copy", 28 * k.N_FEATURES * m.n_rows), load_weights=("copy", 12 * len(m.mlps) // 2 * mlps // 2),
-        load_layer=("copy", 12 * len(m.nets) * n_layers))
+        **{family.color + "_forward": ("copy", 24 * shaded), family.color + "_backward": ("copy", 36 * shaded)},
+        composite_forward=("copy", 48 * seen + 24 * shaded), loss_and_gradient=("copy", 48 * seen),
+        composite_backward=("copy", 40 * seen + 36 * shaded), mlp_backward_input=("product", mlps),
+        mlp_backward_weight=("product", mlps), relu_backward=("copy", 12 * k.WIDTH * n),
+        layer_backward_input=("product", layers - first), layer_backward_weight=("product", layers),
+        sum_partials=("copy", 4 * sum(net.n_weights * (samples // chunk + 2) for net, samples in levels)),
+        adam_step=("copy", 28 * k.N_FEATURES * m.n_rows), load_weights=("copy", 12 * n_mlps),
+        load_layer=("copy", 12 * (k.N_FEATURES * m.n_rows - n_mlps)))
+    if family.cones:
+        work.update(widen_weights=("copy", 4 * twice + 8 * coarse))
+    if proposed:
+        work.update(weigh_samples=("copy", 8 * twice + 12 * n), weigh_samples_backward=("copy", 8 * rays + 36 * coarse),
+                    interlevel_forward=("copy", 20 * rays + 12 * coarse + 16 * fine),
+                    interlevel_backward=("copy", 16 * rays + 12 * coarse + 16 * fine))
+    elif family.coarse_loss != 1.0:
+        work.update(weigh_loss=("copy", 16 * twice))
+    if m.space.unbounded:
+        work.update(distortion_forward=("copy", 20 * rays + 12 * fine),
+                    distortion_backward=("copy", 20 * rays + 20 * fine))
+    return work
 
 
 def command_bench(args):
