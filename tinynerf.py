@@ -660,7 +660,7 @@ def forward(m, n_rays, n_steps, first_code):
     `params` the codes of the views begin."""
     capacity = m.settings["march"]
     if m.moves:
-        warp_samples(m, n_rays, first_code)
+        warp_march(m, n_rays, m.march_span, m.ray_view, first_code, m.march_counter)
     probe(m, m.march_counter)
     k.mark_visible_samples(n_rays, MIN_LIGHT * step_size(m, n_steps)[0], m.march_span, m.march_sample, m.march_sigma,
                            m.pixel, m.keep, m.ray_span)
@@ -1240,26 +1240,24 @@ def run_net(m, net, counter, x, raw):
 
 
 def warp_points(m, n, span, view, first_code, counter, x, sample, seen):
-    """n points or rays with their samples to where these are in the canonical scene, and where to look in it."""
+    """n points, or the samples of n rays, to the canonical scene; x: what the warp is told of them."""
     k.warp_input_forward(n, N_CODE, first_code, m.window, span, sample, view, m.params, x)
-    if m.slices:
-        run_net(m, m.slice_net, counter, x, m.slice_raw)
-        k.ambient_forward(MLPS["density"][0], counter, m.slice_raw, m.march_feature)
     run_net(m, m.warp_net, counter, x, m.warp_raw)
     k.warp_forward(counter, m.warp_raw, sample, seen)
 
 
-def warp_samples(m, n_rays, first_code):
-    """The samples of a march."""
-    warp_points(m, n_rays, m.march_span, m.ray_view, first_code, m.march_counter, m.march_warp_input, m.march_sample,
-                m.march_seen)
+def warp_march(m, n, span, view, first_code, counter):
+    """What has been marched to the canonical scene, and, of many, which."""
+    warp_points(m, n, span, view, first_code, counter, m.march_warp_input, m.march_sample, m.march_seen)
+    if m.slices:
+        run_net(m, m.slice_net, counter, m.march_warp_input, m.slice_raw)
+        k.ambient_forward(MLPS["density"][0], counter, m.slice_raw, m.march_feature)
 
 
 def warp_cells(m, n_cells, seed, step):
     """Points in cells of the occupancy grid, each at some moment."""
     k.pick_moments(n_cells, m.n_photos, seed, step, m.cell_view)
-    warp_points(m, n_cells, m.each_span, m.cell_view, m.first_code, m.cell_counter, m.march_warp_input, m.march_sample,
-                m.march_seen)
+    warp_march(m, n_cells, m.each_span, m.cell_view, m.first_code, m.cell_counter)
 
 
 def net_backward(m, net, counter, x, products, grad_raw, owner=None, view=None):
@@ -1278,7 +1276,7 @@ def net_backward(m, net, counter, x, products, grad_raw, owner=None, view=None):
 
 
 def warp_backward(m, n_rays):
-    """After backward(): mirror of warp_samples() for the samples that were kept."""
+    """After backward(): mirror of warp_march() for the samples that were kept."""
     k.keep_visible_samples(n_rays, m.march_span, m.march_seen, m.march_warp_input, m.keep, m.ray_span, m.seen,
                            m.warp_input, m.sample_ray)
     if m.slices:
@@ -1317,9 +1315,7 @@ def hold(m, points, seed, step):
     k.pick_moments(n, m.n_photos, seed, step, m.picked_view)
     if m.space.unbounded:
         k.contract_samples(counter, m.picked)
-    k.warp_input_forward(n, N_CODE, m.first_code, m.window, m.each_span, m.picked, m.picked_view, m.params, x)
-    run_net(m, m.warp_net, counter, x, m.warp_raw)
-    k.warp_forward(counter, m.warp_raw, m.picked, m.picked_seen)
+    warp_points(m, n, m.each_span, m.picked_view, m.first_code, counter, x, m.picked, m.picked_seen)
     k.static_loss(STATIC, counter, m.picked, m.picked_seen, m.grad_position)
     k.warp_backward(counter, m.warp_raw, m.picked_seen, m.grad_position, m.grad_warp_raw)
     net_backward(m, m.warp_net, counter, x, m.warp_hidden, m.grad_warp_raw, m.each, m.picked_view)
@@ -2727,9 +2723,8 @@ def command_bench(args):
     """tinynerf.py bench: train for a while, then time every kernel of a step against what the machine can do."""
     scene = load_scene(args.scene, args.downscale)
     arch, device = start_taichi(args.arch)
-    space = place_scene(scene)
-    m, on_device = make_model(args.model, scene, space, arch,
-                              machine_settings(args.model, "gpu", space.unbounded) if args.full else {})
+    full = {name: machine_settings(args.model, "gpu")[name] for name in MODELS[args.model].info.get("settings", {})}
+    m, on_device = make_model(args.model, scene, place_scene(scene), arch, full if args.full else {})
     line, settings, refresh = {}, m.settings, m.settings["refresh"]
     train(m, on_device, 0, steps=args.steps, report=lambda **now: line.update(now))
     rays = line["n_rays"]
@@ -2972,7 +2967,7 @@ def parse_args(argv):
     parser_bench = commands.add_parser("bench", help="time every kernel against what the machine can do")
     parser_bench.add_argument("scene", nargs="?", default="data/lego", help="folder of a scene (default: data/lego)")
     parser_bench.add_argument("--model", choices=MODELS, default="ngp", help="of what (default: ngp)")
-    parser_bench.add_argument("--full", action="store_true", help="as large as on a GPU, wherever it runs")
+    parser_bench.add_argument("--full", action="store_true", help="deep networks, samples a ray as many as on a GPU")
     parser_bench.add_argument("--steps", type=positive(int), default=600, help="train for so many steps first")
     parser_bench.add_argument("--downscale", type=positive(int), default=1, metavar="K", help="average KxK pixels")
     for command in commands.choices.values():
