@@ -2730,7 +2730,7 @@ def test_train_sampled(steady, small_family, monkeypatch, tmp_path, name):
     print(f"{name}: first losses:", ", ".join(f"{loss:.6f}" for loss in losses[:5]))
     ratio = losses[:5] / np.array(FAMILY_LOSSES[name])       # Adam soon divides by what is next to nothing
     assert_close("first loss", ratio[:1], np.ones(1), 1e-4)
-    assert_close("first losses", ratio, np.ones(5), 5e-3 if ON_CPU else 0.1)
+    assert_close("first losses", ratio, np.ones(5), 5e-3 if ON_CPU else 0.2)
     if not ON_CPU:                                   # in software it takes too long to learn
         assert np.isfinite(tinynerf.render_view(m, test.camera[0], 8, 8)[0]).all()
     else:

@@ -1357,7 +1357,8 @@ def moments(m, n):
 # last learning rate, if not those above; what differs in MACHINES; what its file says otherwise than MODEL_INFO has it.
 # Models that sample: number of networks; whether fine samples are added to coarse ones; where in its part of the ray
 # a sample lies; what coarse samples weigh; the encoding, and whether it is one of cones; the heads; what the loss of
-# coarse pixels counts. Of their settings, coarse and fine are samples per ray, blocks of 64 neurons a layer's width.
+# coarse pixels counts. Of their settings, coarse and fine are samples per ray, blocks of 64 neurons a layer's width,
+# proposal that of the proposal network, distortion the strength of that loss in unbounded scenes.
 SAMPLED = dict(step=sampled_step, draw=draw_sampled_rays,
                info=dict(settings=dict(coarse=(1, 1024), fine=(1, 1024), blocks=(1, 4))))
 SAMPLED_CPU = dict(march=2**15, batch=2**13, frames=12, blocks=1)
@@ -1376,8 +1377,8 @@ MODELS = {name: types.SimpleNamespace(**parts) for name, parts in dict(
                     merge=0, middle=0.5, weigh=weigh_proposals, encoding="contracted_encode", cones=True,
                     density="density_softplus", color="color_wide",
                     info=dict(settings=dict(coarse=(1, 1024), fine=(1, 1024), blocks=(1, 16), proposal=(1, 4))),
-                    settings=dict(cpu=dict(SAMPLED_CPU, coarse=32, fine=24, proposal=1, distortion=0.01),
-                                  gpu=dict(SAMPLED_GPU, coarse=64, fine=32, proposal=4, distortion=0.01))),
+                    settings=dict(cpu=dict(SAMPLED_CPU, batch=2**11, coarse=24, fine=12, proposal=1, distortion=0.001),
+                                  gpu=dict(SAMPLED_GPU, coarse=64, fine=32, proposal=4, distortion=0.001))),
     nerfw=dict(make=WildModel, step=wild_step, draw=draw_rays, rates=None, settings=dict(cpu={}, gpu={}), info={}),
     nerfies=dict(make=Nerfies, step=moving_step, draw=draw_rays, rates=None, settings=dict(cpu={}, gpu={}), info={}),
     hypernerf=dict(make=HyperNeRF, step=moving_step, draw=draw_rays, rates=None, settings=dict(cpu={}, gpu={}),
