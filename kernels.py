@@ -2685,10 +2685,10 @@ def slopes_of_slopes(slope):
 
 @ti.func
 def screw_motion(raw: ti.template(), i, seen: ti.template()):
-    """(r, v, x, y) of sample i: its screw axis, its position x, and where the motion takes it (section 3.2), both from
-    the cube's middle: y = exp(r) x + G v, Rodrigues' formula,
+    """(r, v, x, y) of sample i: its screw axis (`raw` and `seen` are warp_forward's warp_raw and seen), its position x,
+    and where the motion takes it (section 3.2), both from the cube's middle: y = exp(r) x + G v, by Rodrigues' formula
 
-        y = x + c_1 r x x + c_2 r x (r x x)  +  v + c_2 r x v + c_3 r x (r x v)          c_n of s = r . r
+        y = x + c_1 r x x + c_2 r x (r x x)  +  v + c_2 r x v + c_3 r x (r x v)          c_n: stumpff of s = r . r
     """
     r, v = vec3(raw[i][0], raw[i][1], raw[i][2]), vec3(raw[i][3], raw[i][4], raw[i][5])
     x = vec3(seen[5 * i] - 0.5, seen[5 * i + 1] - 0.5, seen[5 * i + 2] - 0.5)

@@ -3278,10 +3278,11 @@ def test_evaluate(rng, monkeypatch):
     """Views of several sizes and lenses are mixed up, pixels that a mask leaves out count, or codes are learned from
     the half of a view that is measured."""
     photo = [types.SimpleNamespace(rgba=rng.integers(0, 256, (h, w, 4), np.uint8), lens=lens, camera=np.full(22, w),
-                                   name=str(w)) for w, h, lens in ((16, 12, 0), (13, 14, 1))]
+                                   name=str(w), time=w) for w, h, lens in ((16, 12, 0), (13, 14, 1))]
     for p in photo:
         p.rgba[..., 3] = rng.choice([0, 255], p.rgba.shape[:2])
     want = [tinynerf.psnr(0.3, (p.rgba[p.rgba[..., 3] == 255] / 255.0)[:, :3]) for p in photo]
+    monkeypatch.setattr(tinynerf, "set_moment", lambda m, time: None)
     views = tinynerf.pack_views(photo, "mask")
     monkeypatch.setattr(tinynerf, "render_view", lambda m, camera, width, height, lens: (
         np.full((height, width, 3), 0.3 if lens == (camera[0] == 13) else 9.0), None))

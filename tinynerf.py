@@ -500,7 +500,7 @@ class Model:
     DRAWN = ("params", "occupancy")                                          # and those that a picture needs
     nets, more_mlps = (), {}                         # deep networks, see SampledModel; MLPs of the family's models
     coded, code_sets, moves = ("color",), 1, False   # MLPs that get photographs' codes, how many each; see Nerfies
-    decay, progress = DECAY, 0.0                     # for update_occupancy; how far training is, 0..1
+    decay, progress = None, 0.0                      # if it is another than DECAY; how far training is, 0..1
     rate_shares = ()                                 # (n, first, share) of all rows of params, where rates differ
 
     def __init__(self, settings, space, n_photos=0, n_levels=N_LEVELS, training=True, dry=False):
@@ -755,7 +755,7 @@ def update_occupancy(m, n_cells, first, seed, step):
     if m.moves:
         warp_cells(m, n_cells, seed, step)
     probe(m, m.cell_counter)
-    k.update_density_grid(n_cells, first, grid, m.decay, m.march_sample, m.march_sigma, m.density_grid)
+    k.update_density_grid(n_cells, first, grid, m.decay or DECAY, m.march_sample, m.march_sigma, m.density_grid)
     pack_occupancy(m, step, DARK_AFTER)
 
 
@@ -2724,8 +2724,9 @@ def command_bench(args):
     """tinynerf.py bench: train for a while, then time every kernel of a step against what the machine can do."""
     scene = load_scene(args.scene, args.downscale)
     arch, device = start_taichi(args.arch)
-    full = {name: machine_settings(args.model, "gpu")[name] for name in MODELS[args.model].info.get("settings", {})}
-    m, on_device = make_model(args.model, scene, place_scene(scene), arch, full if args.full else {})
+    own = MODELS[args.model].info.get("settings", {}) if args.full else {}
+    m, on_device = make_model(args.model, scene, place_scene(scene), arch,
+                              {name: machine_settings(args.model, "gpu")[name] for name in own})
     line, settings, refresh = {}, m.settings, m.settings["refresh"]
     train(m, on_device, 0, steps=args.steps, report=lambda **now: line.update(now))
     rays = line["n_rays"]
