@@ -17,7 +17,8 @@ Rules that hold for the whole file:
      unbounded scene is all of space, bent into the cube by `contract`; its lengths are those before bending.
   7. Indices are i32: n_levels * samples, views * pixels, 4 * slots of the table and 8 * rays stay below 2^31.
   8. It reads as Python: x & 1 == 1 is (x & 1) == 1, and a <= x < b both. Literals are f32; // and % meet no negative
-     numbers. Compilers may contract products and sums, and reorder sums.
+     numbers. Where i32 and f32 meet, the i32 is converted first; / is always f32. Compilers may contract products and
+     sums, and reorder sums.
 Part II, at the end, holds stages of other models than instant-ngp; a reader may stop before it.
 Nothing here uses autodiff, 64-bit or 16-bit types, shared memory, subgroups, recursion or captured state.
 
@@ -1775,11 +1776,12 @@ def place_samples(r, middle, ray: ti.template(), ray_span: ti.template(), sample
 @ti.kernel
 def sample_even(n_rays: ti.i32, n: ti.i32, bent: ti.i32, middle: ti.f32, jitter: ti.i32, seed: ti.i32, step: ti.i32,
                 ray: f32buf, ray_span: i32buf, ray_step: i32buf, sample: f32buf, sample_ray: i32buf):
-    """Coarse samples, stratified (NeRF, equation 2): one at random in each of n equal parts of the ray,
+    """Coarse samples, stratified (NeRF, equation 2): a part begins at random in each of n equal intervals of a ray, at
 
         t_k = t_first + (k + u_k) (t_last - t_first) / n      u_k random in [0, 1) while training, 1/2 otherwise
 
-    where `bent`, of equal parts on the scale of bend() (Mip-NeRF 360, section 4.1).
+    where `bent`, of intervals that are equal on the scale of bend() (Mip-NeRF 360, section 4.1). place_samples makes
+    samples of the parts.
     ray         [n_rays, 8]     in    from t_first, not jittered, to t_last
     ray_span    [n_rays, 2]     in    from claim_spans
     ray_step    [n_rays]        out   END: all of the ray is sampled; 0 if it was dropped
@@ -2219,9 +2221,9 @@ def contracted_encode_forward(unbounded: ti.i32, counter: i32buf, sample_ray: i3
 
         J      = a (I - e e^T) + b e e^T      a = (2 |y| - 1) / |y|^2, b = 1 / |y|^2 where |y| > 1; else a = b = 1
         Sigma  = (v_t - v_r) d d^T + v_r I
-        diag_c = (v_t - v_r) (J d)_c^2 + v_r (a^2 + (b^2 - a^2) e_c^2)
+        diag_c = (v_t - v_r) (J d)_c^2 + v_r (a^2 + (b^2 - a^2) e_c^2)      in place of v_c
 
-    unbounded   0: a scene in the box, of which nothing is contracted
+    unbounded   1: contract; 0: a scene in the box
     counter     [4]                     in
     sample_ray  [n_samples]             in
     ray         [n_rays, 8]             in    [4:7] = direction d
@@ -2258,8 +2260,8 @@ def part_begin(i, sample: ti.template()):
 
 @ti.func
 def first_touched(i, part, end, sample: ti.template(), coarse_sample: ti.template()):
-    """The first coarse part, from `part` on and before `end`, that reaches into the part of fine sample i; the last is
-    the one before touched(...) is 0. sample and coarse_sample are those of interlevel_forward."""
+    """The first coarse part, from `part` on and before `end`, that overlaps with the part of fine sample i; the others
+    follow as long as touched(). sample and coarse_sample are those of interlevel_forward."""
     while part + 1 < end and part_begin(part + 1, coarse_sample) <= part_begin(i, sample):
         part += 1
     return part
@@ -2277,7 +2279,7 @@ def interlevel_forward(n_rays: ti.i32, coarse_span: i32buf, coarse_sample: f32bu
                        ray_span: i32buf, sample: f32buf, weight: f32buf, bound: f32buf, interlevel: f32buf):
     """What the fine samples found that the proposal has not foreseen (section 3.1, equations 12 and 13):
 
-        bound_i      = sum of the weights of all coarse parts of the ray that have something in common with part i
+        bound_i      = sum of the weights of all coarse parts of the ray that overlap with part i
         interlevel_r = sum_i max(0, w_i - bound_i)^2 / (w_i + 1e-7)
 
     If the fine weights are a finer histogram of what the coarse ones say, no bound is exceeded.
@@ -2310,8 +2312,7 @@ def interlevel_backward(n_rays: ti.i32, counter: i32buf, coarse_span: i32buf, co
                         sample: f32buf, weight: f32buf, bound: f32buf, grad_coarse_weight: f32buf):
     """Gradient of L = 1/N sum_r interlevel_r, N = counter[1]; the fine weights count as given, and get none:
 
-        grad_coarse_weight_k = -2/N sum of max(0, w_i - bound_i) / (w_i + 1e-7) over all i whose part has something in
-                                common with part k
+        grad_coarse_weight_k = -2/N sum of max(0, w_i - bound_i) / (w_i + 1e-7) over all i whose part overlaps with k
 
     counter             [4]             in    of the coarse samples
     coarse_span         [n_rays, 2]     in
@@ -2349,7 +2350,7 @@ def weigh_samples_backward(n_rays: ti.i32, coarse_span: i32buf, coarse_sample: f
     coarse_sample   [n_coarse, 5]  in    [4] = dt
     rgb_sigma       [n_coarse, 4]  in    [3] = sigma
     grad_weight     [n_coarse]     in
-    grad_rgb_sigma  [n_coarse, 4]  out   0, 0, 0, grad_sigma
+    grad_rgb_sigma  [n_coarse, 4]  out   0, 0, 0, grad_sigma; read, too
     thread          one per ray, which owns its samples
     """
     for r in range(n_rays):
@@ -2567,7 +2568,7 @@ def uncertainty_backward(n_rays: ti.i32, strength: ti.f32, counter: i32buf, ray_
     transient       [n_samples, 5]  in
     beta            [n_rays]        in      from uncertainty_forward
     grad_beta       [n_rays]        in
-    grad_transient  [n_samples, 5]  in-out  [3] and [4]
+    grad_transient  [n_samples, 5]  in-out  [3]: added to; [4]: overwritten
     thread          one per ray, which owns its samples
     """
     for r in range(n_rays):
@@ -2587,7 +2588,8 @@ def uncertainty_backward(n_rays: ti.i32, strength: ti.f32, counter: i32buf, ray_
 # takes what a ray meets to where it is in a canonical scene that does not move, the field above: seen position x and
 # code of the photograph -> MLP -> a screw motion (r, v), and `sample` gets the position after that motion. Positions
 # turn around the cube's middle, and what a warp moves out of the cube stays on its border. `seen` [n_samples, 5] keeps
-# the samples as they were marched: the occupancy grid is one of places where something is at any moment.
+# the samples as they were marched: the occupancy grid is one of places where something is at any moment. Below, r is an
+# axis, v a translation, c_n a coefficient, and "x" between two vectors their cross product.
 
 @ti.func
 def windows(alpha):
@@ -2605,9 +2607,9 @@ def warp_input_forward(n_rays: ti.i32, n_code: ti.i32, first: ti.i32, window: f3
 
         (w_l sin(2^l pi p_c), w_l cos(2^l pi p_c) for l < L, c < 3;  p;  1;  0 ...)         L = WARP_FREQUENCIES
 
-    in the first 32 entries, then CODE_SCALE code.
-    window      [1]                       in    alpha, see `windows`
-    ray_span    [n_rays, 2]               in    first sample, number of samples
+    in the first 32 entries (those of c at 6 l + 2 c), then CODE_SCALE code. w = windows(alpha).
+    window      [1]                       in    alpha
+    ray_span    [n_rays, 2]               in    first sample, number of samples; points are rays of one sample
     seen        [n_samples, 5]            in    position, t, dt
     ray_view    [n_rays]                  in
     params      [n_param_rows] rows of F  in    numbers from `first` on: code [n_views + 1, n_code]
@@ -2635,7 +2637,8 @@ def warp_input_forward(n_rays: ti.i32, n_code: ti.i32, first: ti.i32, window: f3
 
 @ti.kernel
 def blend_codes(n_code: ti.i32, first: ti.i32, a: ti.i32, b: ti.i32, share: ti.f32, to: ti.i32, params: rowsF):
-    """The code of a moment between two photographs, for pictures: code[to] = (1 - share) code[a] + share code[b]
+    """The code of a moment between two photographs, for pictures, which are drawn with the code behind the last
+    photograph's: code[to] = (1 - share) code[a] + share code[b]
 
     params  [n_param_rows] rows of F  in-out  numbers from `first` on: code [n_views + 1, n_code]
     thread  one per number of the code
@@ -2650,7 +2653,8 @@ def blend_codes(n_code: ti.i32, first: ti.i32, a: ti.i32, b: ti.i32, share: ti.f
 def stumpff(s):
     """c_n = sum_k (-s)^k / (2 k + n)! for n = 1 ... 7 (entry n): with s = angle^2, c_1 = sin(angle) / angle,
     c_2 = (1 - cos(angle)) / angle^2, c_3 = (angle - sin(angle)) / angle^3, without their 0/0 and cancellation. Slopes:
-    c_n' = (n c_{n+2} - c_{n+1}) / 2. Exact to f32 up to a whole turn, s = 39; beyond, the turn no longer grows."""
+    c_n' = (n c_{n+2} - c_{n+1}) / 2. Good to f32 up to a whole turn, s = (2 pi)^2; from s = 40 on they stay what they
+    are there, which is no rotation any more, but finite."""
     x = ti.min(s, 40.0)
     c = ti.Vector([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 1.0])
     for back in range(14):
@@ -2755,9 +2759,10 @@ def warp_backward(counter: i32buf, warp_raw: rows16, seen: f32buf, grad_position
 @ti.kernel
 def hash_position_backward(n_levels: ti.i32, counter: i32buf, level: i32buf, sample: f32buf, table: rowsF,
                            grad_feature: rows64, grad_position: f32buf):
-    """Gradient of hash_encode_forward in the position: along axis c, a corner's weight has the slope
+    """Gradient of hash_encode_forward in the position:
 
-        d w_v / d x_c = +-resolution prod_{b != c} (weight along axis b)        + on the upper side of the cell
+        grad_position_c = sum over levels l, corners v  d w_v / d x_c  table[slot_l(v)] . grad_feature[i][F l:F (l + 1)]
+        d w_v / d x_c   = +-resolution prod_{b != c} (weight along axis b)      + on the upper side of the cell
 
     counter, level, sample, table          in    as in hash_encode_forward
     grad_feature   [n_samples] rows of 64  in
@@ -2840,7 +2845,7 @@ def pick_kept_samples(n: ti.i32, seed: ti.i32, step: ti.i32, counter: i32buf, se
     weight         [n_samples]     in    share of a pixel's light, see weigh_samples
     sample         [3 n, 5]        out
     view           [3 n]           out
-    picked_weight  [n]             out
+    picked_weight  [n]             out   counter[0] / (n counter[1]) weight; 0 if there are no samples
     thread         one per picked sample
     """
     for j in range(n):
@@ -2857,9 +2862,11 @@ def pick_kept_samples(n: ti.i32, seed: ti.i32, step: ti.i32, counter: i32buf, se
 
 @ti.kernel
 def warp_tangent_input(window: f32buf, counter: i32buf, sample: f32buf, tangent_input: rows64):
-    """Derivative of warp_input in the position along axis i % 3, of sample i.
+    """Derivative of warp_input in the position along axis a = i % 3, of sample i: in the entries of that axis
 
-    window         [1]                     in
+        2 pi 2^l w_l cos(2^l pi p_a),  -2 pi 2^l w_l sin(2^l pi p_a)  of its waves,   2 of p_a       and 0 elsewhere
+
+    window         [1]                     in    as in warp_input_forward
     counter        [4]                     in
     sample         [n_samples, 5]          in
     tangent_input  [n_samples] rows of 64  out
@@ -2954,19 +2961,20 @@ def elastic_loss(strength: ti.f32, counter: i32buf, sample: f32buf, warp_raw: ro
 
         J_k = d y / d x_k  with dx = e_k, (dr, dv) = tangent_raw[3 j + k], ds = 2 r . dr in screw_motion's y
 
-    are a matrix J whose singular values are 1 where the warp is rigid. They are the roots of the eigenvalues of J^T J:
+    are a matrix J whose singular values, the roots of the eigenvalues of J^T J, are 1 where the warp is rigid:
 
         e^2 = sum (log singular value)^2 = 1/4 sum_m (log lambda_m)^2     L = weight rho(e),
         rho(e) = 2 (e / c)^2 / ((e / c)^2 + 4), c = ELASTIC_SCALE         (Geman and McClure: what tears, may)
         d e^2 / d J = J V diag(log lambda / lambda) V^T                   V the eigenvectors; no gradient to the weight
 
-    counter           [4]                     in    [0] = number of samples, three for each j
+    lambda is at least 1e-6 here. Where J is next to rigid or to singular, gradients lose three digits in f32.
+    counter           [4]                     in    [0] = number of samples, three for each j, which are one point
     sample            [n_samples, 5]          in
     warp_raw          [n_samples] rows of 16  in
     tangent_raw       [n_samples] rows of 16  in    from mlp_tangent_forward
     weight            [n_samples / 3]         in
-    elastic           [n_samples / 3]         out   rho(e)
-    grad_warp_raw     [n_samples] rows of 16  out   of strength L: the first 6 entries, at 3 j; 0 at 3 j + 1, 3 j + 2
+    elastic           [n_samples / 3]         out   rho(e), not weighted
+    grad_warp_raw     [n_samples] rows of 16  out   gradient of strength * L: the first 6 entries, at 3 j; else 0
     grad_tangent_raw  [n_samples] rows of 16  out   the first 6 entries
     thread            one per three samples
     """
@@ -3040,11 +3048,10 @@ def elastic_loss(strength: ti.f32, counter: i32buf, sample: f32buf, warp_raw: ro
 
 @ti.kernel
 def ambient_forward(first: ti.i32, counter: i32buf, ambient_raw: rows16, feature: rows64):
-    """feature[i][first:] = (w_c, sin(2^l pi w_c), cos(2^l pi w_c) for l < L, c < 2),  w = ambient_raw[i][:2],
-    L = AMBIENT_FREQUENCIES
+    """feature[i][first:] = (w;  sin(2^l pi w_c), cos(2^l pi w_c) for l < L, c < 2)        L = AMBIENT_FREQUENCIES
 
     counter      [4]                     in
-    ambient_raw  [n_samples] rows of 16  in
+    ambient_raw  [n_samples] rows of 16  in    output of the slicing MLP: w, the first 2 entries
     feature      [n_samples] rows of 64  out   2 + 4 L entries from `first` on
     thread       one per sample
     """
