@@ -36,6 +36,7 @@ WIDTH = 64            # neurons of a hidden layer, and the most inputs any layer
 OUTPUT = 16           # most outputs an MLP has: the density MLP's; the color MLP has 3
 N_FEATURES = 4        # F: features of a hash-table slot, and numbers in a row of the parameters
 UNKNOWN = 1e9         # density of a cell that nobody has looked at yet: it counts as occupied
+CARVED_BY = 3         # views that have to see nothing in a cell before it is given up
 END = 1 << 30         # step index of a ray that has left the box
 DARK = END + 1        # step index of a ray that has ended in a dark cell
 NEVER = 2**31 - 1     # the first step whose loss is no finite number, while there is none
@@ -60,7 +61,7 @@ rows16 = ti.types.ndarray(row16, ndim=1)
 rows64 = ti.types.ndarray(row64, ndim=1)
 
 # Streams of random numbers; background and cell take three each, one per component.
-STREAM_VIEW, STREAM_PIXEL, STREAM_JITTER, STREAM_BACKGROUND, STREAM_CELL, STREAM_INIT = 0, 1, 2, 3, 6, 9
+STREAM_PIXEL, STREAM_JITTER, STREAM_BACKGROUND, STREAM_CELL, STREAM_INIT = 0, 2, 3, 6, 9
 
 
 # ---- Random numbers -------------------------------------------------------------------------------------------------
@@ -86,6 +87,26 @@ def random_f32(seed, stream, step, index):
     return ti.cast(random_u32(seed, stream, step, index) >> 8, ti.f32) * (1.0 / 16777216.0)
 
 
+@ti.func
+def shuffled(t, n, seed, stream, epoch):
+    """The t-th of the numbers 0 .. n - 1 in a random order, another one in every epoch: each comes once. t is u32.
+
+    With the bits that n - 1 has, a round maps the numbers below 2^bits one to one onto themselves: an odd factor, a
+    random sum, and the upper half of the bits added to the lower one. What ends at n or above goes round again, until
+    it does not (Black and Rogaway 2002, "Ciphers with Arbitrary Finite Domains", cycle walking)."""
+    bits = ti.u32(1)
+    while ti.u32(n - 1) >> bits > ti.u32(0):
+        bits += ti.u32(1)
+    x, low = t, (ti.u32(1) << bits) - ti.u32(1)
+    again = True
+    while again:
+        for part in ti.static(range(4)):
+            x = (x * ti.u32(747796405) + random_u32(seed, stream, epoch, part)) & low
+            x ^= x >> (bits + ti.u32(1) >> ti.u32(1))
+        again = x >= ti.u32(n)
+    return ti.cast(x, ti.i32)
+
+
 @ti.kernel
 def fill_uniform(n: ti.i32, first: ti.i32, bound: ti.f32, seed: ti.i32, params: rowsF):
     """Initial parameters: U(-bound, bound) for the n numbers from `first` on.
@@ -100,12 +121,14 @@ def fill_uniform(n: ti.i32, first: ti.i32, bound: ti.f32, seed: ti.i32, params: 
 # ---- Rays -----------------------------------------------------------------------------------------------------------
 
 @ti.kernel
-def pick_pixels(n_rays: ti.i32, n_views: ti.i32, seed: ti.i32, step: ti.i32, size: i32buf, ray_pixel: i32buf,
-                ray_view: i32buf, ray_code: i32buf):
-    """Pixels of a training batch: a random view, then a random pixel of it, with replacement. Each view has a code, see
-    color_input_forward, and there is one more, the neutral code, which a share of all rays has instead: it comes to
-    stand for what the photographs have in common, and new views are rendered with it.
+def pick_pixels(n_rays: ti.i32, n_views: ti.i32, n_pixels: ti.i32, epoch: ti.i32, first: ti.i32, seed: ti.i32,
+                size: i32buf, ray_pixel: i32buf, ray_view: i32buf, ray_code: i32buf):
+    """Pixels of a training batch, of all views in a random order: none comes again before all have come, which teaches
+    more than drawing them independently. Each view has a code, see color_input_forward, and there is one more, the
+    neutral code, which a share of all rays has instead: it comes to stand for what the photographs have in common, and
+    new views are rendered with it.
 
+    The batch begins with the `first`-th of the n_pixels pixels of an epoch, and may go on in the next one.
     size       [n_views, 4]  in    first pixel, width, height, lens: see generate_rays
     ray_pixel  [n_rays]      out   index of the pixel: size[view][0] + row * width + column
     ray_view   [n_rays]      out   the view
@@ -113,9 +136,16 @@ def pick_pixels(n_rays: ti.i32, n_views: ti.i32, seed: ti.i32, step: ti.i32, siz
     thread     one per ray
     """
     for r in range(n_rays):
-        v = ti.cast(random_u32(seed, STREAM_VIEW, step, r) % ti.u32(n_views), ti.i32)
-        n_pixels = size[4 * v + 1] * size[4 * v + 2]
-        ray_pixel[r] = size[4 * v] + ti.cast(random_u32(seed, STREAM_PIXEL, step, r) % ti.u32(n_pixels), ti.i32)
+        at, n = ti.u32(first) + ti.u32(r), ti.u32(n_pixels)
+        pixel = shuffled(at % n, n_pixels, seed, STREAM_PIXEL, ti.u32(epoch) + at // n)
+        v, end = 0, n_views                          # the view is one of v .. end - 1
+        while end - v > 1:
+            middle = (v + end) // 2
+            if size[4 * middle] <= pixel:
+                v = middle
+            else:
+                end = middle
+        ray_pixel[r] = pixel
         ray_view[r] = v
         ray_code[r] = ti.select(r % NEUTRAL_EVERY == 0, n_views, v)
 
@@ -366,6 +396,17 @@ def bound_views(n_views: ti.i32, size: i32buf, camera: f32buf, view_bound: f32bu
             view_bound[4 * v + 2 * c + 1] = high[c]
 
 
+@ti.func
+def seen_from(view, camera: ti.template(), x):
+    """The point x as a camera sees it: to its right, above, behind. The inverse of a rotation is its transpose."""
+    m = CAMERA * view
+    p = vec3(0.0)
+    for c in ti.static(range(3)):
+        for a in ti.static(range(3)):
+            p[c] += camera[m + 4 * a + c] * (x[a] - camera[m + 4 * a + 3])
+    return p
+
+
 @ti.kernel
 def mark_visible_cells(grid_size: ti.i32, unbounded: ti.i32, n_views: ti.i32, near: ti.f32, camera: f32buf,
                        view_bound: f32buf, density_grid: f32buf):
@@ -392,11 +433,7 @@ def mark_visible_cells(grid_size: ti.i32, unbounded: ti.i32, n_views: ti.i32, ne
                 x = vec3(corner & 1, corner >> 1 & 1, corner >> 2) - 0.5
                 radius = ti.max(radius, (expand(middle + x / grid_size) - center).norm())
         while seen == 0 and view < n_views:
-            m = CAMERA * view
-            p = vec3(0.0)                            # the centre as the camera sees it: the inverse of a rotation
-            for c in ti.static(range(3)):            # is its transpose
-                for a in ti.static(range(3)):
-                    p[c] += camera[m + 4 * a + c] * (center[a] - camera[m + 4 * a + 3])
+            p = seen_from(view, camera, center)
             depth = -p[2]
             inside = depth > -radius and p.norm() > near - radius
             for c in ti.static(range(2)):
@@ -409,6 +446,57 @@ def mark_visible_cells(grid_size: ti.i32, unbounded: ti.i32, n_views: ti.i32, ne
                 seen = 1
             view += 1
         density_grid[t] = UNKNOWN if seen == 1 else -1.0
+
+
+@ti.kernel
+def carve_cells(grid_size: ti.i32, n_views: ti.i32, size: i32buf, camera: f32buf, image: u32buf, density_grid: f32buf):
+    """Cells in which CARVED_BY views see nothing at all, alpha 0, are marked -1, too: what is left is the visual hull
+    (Laurentini 1994). One view would do if no outline were ever wrong. For pinhole cameras, and a scene in a box that
+    does not move.
+
+    The sphere around the cell, with its middle p as the camera sees it, d = -p_z, and radius rho < d, lies between
+
+        x / depth = (d p_x -+ rho sqrt(d^2 + p_x^2 - rho^2)) / (d^2 - rho^2),    y alike
+
+    and all pixels of this rectangle have to be in the image, and 0.
+    size          [n_views, 4]           in      see generate_rays
+    camera        [n_views, 22]          in
+    image         [pixels of all views]  in      see loss_and_gradient: alpha in the highest byte
+    density_grid  [grid_size^3]          in-out  from mark_visible_cells
+    thread        one per cell
+    """
+    for t in range(grid_size * grid_size * grid_size):
+        center = (cell_corner(t, grid_size) + 0.5) / grid_size
+        radius = 0.8660254 / grid_size
+        empty = 0
+        view = ti.select(density_grid[t] >= 0.0, 0, n_views)
+        while empty < CARVED_BY and view < n_views:
+            p = seen_from(view, camera, center)
+            depth = -p[2]
+            if depth > radius:
+                low, high = ti.Vector([0, 0]), ti.Vector([0, 0])             # first and last column and row
+                inside = True
+                for c in ti.static(range(2)):
+                    x = ti.static((1, -1)[c]) * p[c]                         # rows count downwards
+                    square = depth * depth - radius * radius
+                    room = radius * ti.sqrt(square + x * x)
+                    f, middle = camera[CAMERA * view + 12 + c], camera[CAMERA * view + 14 + c]
+                    low[c] = ti.cast(ti.floor(ti.max(middle + f * (depth * x - room) / square, -1.0)), ti.i32)
+                    high[c] = ti.cast(ti.floor(ti.min(middle + f * (depth * x + room) / square, 1e6)), ti.i32)
+                    if low[c] < 0 or high[c] >= size[4 * view + 1 + c]:
+                        inside = False
+                if inside:
+                    alpha = ti.u32(0)
+                    row = low[1]
+                    while alpha == ti.u32(0) and row <= high[1]:
+                        for column in range(low[0], high[0] + 1):
+                            alpha |= image[size[4 * view] + row * size[4 * view + 1] + column] >> 24
+                        row += 1
+                    if alpha == ti.u32(0):
+                        empty += 1
+            view += 1
+        if empty == CARVED_BY:
+            density_grid[t] = -1.0
 
 
 @ti.kernel

@@ -273,7 +273,8 @@ def load_view(f, folder, downscale, capture):
             rgba[..., 3] = full[:rows, :columns, 3].reshape(len(rgba), downscale, -1, downscale).min((1, 3))
 
     camera = frame_camera(f, width, height, downscale)
-    return types.SimpleNamespace(name=f.name, rgba=rgba, lens=int(f.fisheye), camera=camera, time=f.time), problem
+    return types.SimpleNamespace(name=f.name, rgba=rgba, lens=int(f.fisheye), camera=camera, time=f.time,
+                                 still=f.still), problem
 
 
 def load_frames(path, meta, folder, downscale, capture):
@@ -292,7 +293,8 @@ def load_frames(path, meta, folder, downscale, capture):
         wrong["the name of an earlier frame"] = [frame.name for frame in frames if frame is not unique[frame.name]]
         frames = [unique[name] for name in sorted(unique)]
     for i, frame in enumerate(frames):               # where nobody says when: one after the other
-        frame.time = i / max(len(frames) - 1, 1) if frame.time is None else frame.time
+        frame.still = frame.time is None
+        frame.time = i / max(len(frames) - 1, 1) if frame.still else frame.time
     n_pixels = sum(count_pixels(find_image(folder, frame.name)) for frame in frames) // downscale**2
     check_fits(f"reading the {len(frames)} images of {path}", 4 * n_pixels / 1e6, f"use --downscale {2 * downscale}")
     with concurrent.futures.ThreadPoolExecutor() as pool:
@@ -360,6 +362,8 @@ def pack_views(views, alpha):
         del view.rgba
     return types.SimpleNamespace(pixels=pixels, size=np.array(size, np.int32), alpha="none" if opaque else alpha,
                                  camera=np.array([view.camera for view in views], np.float32),
+                                 outlined=not opaque and alpha == "background" and all(
+                                     view.still and view.lens == 0 and not view.camera[16:].any() for view in views),
                                  time=np.array([view.time for view in views], np.float32),
                                  names=[view.name for view in views])
 
@@ -373,7 +377,7 @@ def view_image(views, i):
 def select_views(views, mask):
     """The views that a boolean mask [n] picks, as a namespace like load_scene's."""
     return pack_views([types.SimpleNamespace(name=views.names[i], rgba=view_image(views, i), lens=views.size[i, 3],
-                                             camera=views.camera[i], time=views.time[i])
+                                             camera=views.camera[i], time=views.time[i], still=views.outlined)
                        for i in np.flatnonzero(mask)], views.alpha)
 
 
@@ -389,6 +393,8 @@ def load_scene(folder, downscale=1):
         time      f32 [n]: the moment it shows, of moving scenes; where the file has none, its place in the list
         names     n paths
         alpha     "none": all 255; "background": it shows the background; "mask": pixels with 0 do not train, others 255
+        outlined  the same "background" shows in all views where nothing is: their cameras have no distortion, and no
+                  frame has a time
     split         what is held out as test: "test", "val", "test_filenames", "val_filenames", "every 8th of train"
     capture       False for the Blender family
     placement     what the file says of aabb_scale, scale and offset, see instant-ngp
@@ -502,6 +508,7 @@ class Model:
     coded, code_sets, moves = ("color",), 1, False   # MLPs that get photographs' codes, how many each; see Nerfies
     decay, progress = None, 0.0                      # if it is another than DECAY; how far training is, 0..1
     rate_shares = ()                                 # (n, first, share) of all rows of params, where rates differ
+    next_pixel = (0, 0)                              # epoch, and place in it: see k.pick_pixels
 
     def __init__(self, settings, space, n_photos=0, n_levels=N_LEVELS, training=True, dry=False):
         """settings: an entry of MACHINES; space: from place_scene; n_photos: that get codes, for their differences. A
@@ -576,7 +583,7 @@ class Model:
         self.grad_color_hidden = self.new(k.row64, 2 * n)
         self.grad_color_raw = self.new(k.row16, n)
         self.grad_rgb_sigma = self.new(f32, 4 * n)
-        self.density_grid = self.new(f32, cells)                 # -1 where no camera looks
+        self.density_grid = self.new(f32, cells)                 # -1 where nothing is, see start_occupancy
         self.lit_step = self.new(i32, cells)                     # the last step in which light reached the cell
         self.block_density = self.new(f32, 2 * -(-cells // 1024))
         self.threshold = self.new(f32, 1)
@@ -740,10 +747,13 @@ def adam(m, step, learning_rate):
 
 
 def start_occupancy(m, views, view_bound):
-    """Every cell that a camera sees may hold something, and no other ever will. view_bound [n_views, 4] f32."""
+    """Every cell that a camera sees may hold something, unless alpha says that it does not, and no other ever will.
+    view_bound [n_views, 4] f32."""
     grid, space = m.settings["grid"], m.space
     k.bound_views(views.n, views.size, views.camera, view_bound)
     k.mark_visible_cells(grid, space.unbounded, views.n, space.near, views.camera, view_bound, m.density_grid)
+    if views.outlined and not m.space.unbounded:
+        k.carve_cells(grid, views.n, views.size, views.camera, views.pixels, m.density_grid)
     pack_occupancy(m, 0, k.END)
 
 
@@ -785,9 +795,15 @@ def compare_pixels(m, n_rays, views, seed, step, counter):
                         views.pixels, m.ray_step, m.pixel, m.loss, m.grad_pixel, m.bad_step)
 
 
+def pick(m, n_rays, views, seed):
+    """The pixels of a training step."""
+    k.pick_pixels(n_rays, views.n, views.n_pixels, *m.next_pixel, seed, views.size, m.ray_pixel, m.ray_view,
+                  m.ray_code)
+
+
 def train_step(m, n_rays, views, seed, step, learning_rate):
     """One step on n_rays random pixels of `views` (a namespace made by upload_views). Nothing is read back."""
-    k.pick_pixels(n_rays, views.n, seed, step, views.size, m.ray_pixel, m.ray_view, m.ray_code)
+    pick(m, n_rays, views, seed)
     compare(m, n_rays, views, seed, step, m.first_code)
     k.mark_lit_cells(n_rays, m.settings["grid"], step, m.march_span, m.march_sample, m.march_sigma, m.keep, m.lit_step)
     backward(m, n_rays)
@@ -827,7 +843,7 @@ def upload_views(m, views):
     size.from_numpy(views.size.ravel())
     camera.from_numpy(to_cube(views.camera, m.space).ravel())
     return types.SimpleNamespace(pixels=pixels, size=size, camera=camera, n=len(views.size), alpha=views.alpha,
-                                 points=None)
+                                 n_pixels=views.pixels.size, outlined=views.outlined, points=None)
 
 
 # ---- The family: other models, of the stages in Part II of kernels.py -----------------------------------------------
@@ -1117,7 +1133,7 @@ def deep_backward(m, at, of):
 
 def sampled_step(m, n_rays, views, seed, step, learning_rate):
     """train_step() of the models that sample: the losses of the coarse and of the fine pixels are added."""
-    k.pick_pixels(n_rays, views.n, seed, step, views.size, m.ray_pixel, m.ray_view, m.ray_code)
+    pick(m, n_rays, views, seed)
     for at in (m.coarse, m.fine):
         sample_rays(m, n_rays, at, views.size, views.camera, 1, seed, step)
         sampled_forward(m, n_rays, at, views.camera)
@@ -1164,7 +1180,7 @@ def weigh_proposals(m, n_rays):
 def proposed_step(m, n_rays, views, seed, step, learning_rate):
     """train_step() of mip-NeRF 360: the fine pixels have a loss, and then what they found has one for the proposals."""
     coarse, fine = m.coarse, m.fine
-    k.pick_pixels(n_rays, views.n, seed, step, views.size, m.ray_pixel, m.ray_view, m.ray_code)
+    pick(m, n_rays, views, seed)
     propose(m, n_rays, views.size, views.camera, 1, seed, step)
     sample_rays(m, n_rays, fine, views.size, views.camera, 1, seed, step)
     sampled_forward(m, n_rays, fine, views.camera)
@@ -1223,7 +1239,7 @@ def transient_backward(m, n_rays):
 
 def wild_step(m, n_rays, views, seed, step, learning_rate):
     """train_step() with the transient part."""
-    k.pick_pixels(n_rays, views.n, seed, step, views.size, m.ray_pixel, m.ray_view, m.ray_code)
+    pick(m, n_rays, views, seed)
     compare(m, n_rays, views, seed, step, m.first_code)
     k.mark_lit_cells(n_rays, m.settings["grid"], step, m.march_span, m.march_sample, m.march_sigma, m.keep, m.lit_step)
     transient_forward(m, n_rays)
@@ -1324,7 +1340,7 @@ def hold(m, points, seed, step):
 def moving_step(m, n_rays, views, seed, step, learning_rate):
     """train_step() with a warp in front of the field, from coarse to fine."""
     m.window.fill(k.WARP_FREQUENCIES * min(m.progress / FINE_AT, 1.0))
-    k.pick_pixels(n_rays, views.n, seed, step, views.size, m.ray_pixel, m.ray_view, m.ray_code)
+    pick(m, n_rays, views, seed)
     compare(m, n_rays, views, seed, step, m.first_code)
     k.mark_lit_cells(n_rays, m.settings["grid"], step, m.march_span, m.march_seen, m.march_sigma, m.keep, m.lit_step)
     backward(m, n_rays)
@@ -1439,8 +1455,9 @@ def train(m, views, seed, steps=None, seconds=None, report=lambda **line: None, 
     m.initialize(seed)
     take_step(m, 0, views, seed, 0, 0.0)
     if m.marches:
+        view_bound = m.new(ti.f32, 4 * views.n)
         update_occupancy(m, 0, 0, seed, 0)
-        start_occupancy(m, views, m.new(ti.f32, 4 * views.n))
+        start_occupancy(m, types.SimpleNamespace(**{**vars(views), "n": 0}), view_bound)
     now = types.SimpleNamespace(step=0, progress=0.0, seconds=0.0, cell=0, n_rays=min(256, m.settings["rays"]),
                                 samples=0, rays=0, rays_dropped=0)
     if resume:
@@ -1454,8 +1471,12 @@ def train(m, views, seed, steps=None, seconds=None, report=lambda **line: None, 
 
     rays_since, seen, stop = 0, read_totals(m), False
     start = time.perf_counter() - now.seconds
+    if m.marches and not resume:
+        start_occupancy(m, views, view_bound)
     while now.progress < 1.0 and not stop:
         rate, m.progress = first_rate * (last_rate / first_rate) ** now.progress, now.progress
+        epoch, first_pixel = divmod(now.rays + now.rays_dropped + rays_since, views.n_pixels)
+        m.next_pixel = epoch % 2**31, first_pixel
         take_step(m, now.n_rays, views, seed, now.step, rate)
         now.step, rays_since = now.step + 1, rays_since + now.n_rays
         if m.marches and now.step % min(refresh, 1 + now.step // 64) == 0:   # more often while the field takes shape
@@ -2799,7 +2820,8 @@ def list_launches(m):
     Arguments are numbers, names of buffers, and names of what the caller of that function gives."""
     names, lists, n_steps = {id(x): name for name, x in named_buffers(m).items()}, {}, m.settings["render_steps"]
     views = types.SimpleNamespace(pixels="views.pixels", size="views.size", camera="views.camera", n="views.n",
-                                  alpha="mask" if m.n_code else "background")
+                                  alpha="mask" if m.n_code else "background", n_pixels="views.n_pixels", outlined=True)
+    m.next_pixel = ("epoch", "first_pixel")
     calls = dict(
         initialize=lambda: m.initialize("seed"), load_weights=lambda: load_weights(m),
         start_occupancy=lambda: start_occupancy(m, views, "view_bound"),
@@ -2821,9 +2843,10 @@ EXPORT_NOTES = dict(
             "at first. Sizes are those of `settings`: another march, rays, block and chunk make others.",
     launches="By function of tinynerf.py: [kernel, argument, ...] in order, a number or a name each: of a buffer, or "
              "of what the caller gives: pixels, size and camera of the views to train on, view_bound [n_views, 4], "
-             "n_rays, n_cells, seed, first, limit. `step` is 0 here, and adam_step's learning_rate that of step 0 at a "
-             "rate of 1: see adam(). load_weights comes first; a picture is start_tile and then march, forward, until "
-             "march finds nothing: see render_view().",
+             "n_rays, n_cells, seed, epoch, first_pixel, first, limit. carve_cells is for views that show nothing but "
+             "the subject. `step` is 0 here, and adam_step's learning_rate that of step 0 at a rate of 1: see adam(). "
+             "load_weights comes first; a picture is start_tile and then march, forward, until march finds nothing: "
+             "see render_view().",
     tasks="What Taichi makes of a kernel: SPIR-V 1.3 in kernels/, entry point main, to be dispatched one after the "
           "other with a barrier between; bindings are of descriptor set 0. The first of two is one thread that "
           "computes the loop's bounds into `temporaries`, a storage buffer for the second (Taichi gives it 1 MB; it "
