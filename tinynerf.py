@@ -2764,7 +2764,10 @@ def command_bench(args):
     if m.marches:
         pack_occupancy(m, line["step"], DARK_AFTER)  # as it is while training goes on
 
-    step_seconds, update_seconds = median_seconds(step, REPEATS), median_seconds(update)
+    start = time.perf_counter()
+    step()
+    repeats = int(min(max(30.0 / (time.perf_counter() - start), 3), REPEATS))            # fewer where steps are slow
+    step_seconds, update_seconds = median_seconds(step, repeats), median_seconds(update)
     marched, kept = int(m.march_counter.to_numpy()[0]), int(m.counter.to_numpy()[0])
     seconds = {}
 
@@ -2778,7 +2781,7 @@ def command_bench(args):
         return launch
 
     with wrapped_kernels(timed):
-        for _ in range(REPEATS):
+        for _ in range(repeats):
             for times in seconds.values():
                 times.append(0.0)
             step()
@@ -2803,6 +2806,8 @@ def command_bench(args):
           f"update of the occupancy grid {1e3 * update_seconds:.1f} ms, every {refresh} steps\n"
           f"{rays / whole / 1e6:.3f} M rays/s, {marched / whole / 1e6:.2f} M samples/s {first}, "
           f"{kept / whole / 1e6:.2f} M samples/s forward and backward")
+    if args.full:                                    # a picture takes as long as training on as many rays
+        return
     _, width, height, lens = scene.test.size[0]
     times = [median_seconds(lambda: render_view(m, camera, width, height, lens), 3)
              for camera in scene.test.camera[::max(1, len(scene.test.camera) // 5)][:5]]
