@@ -61,7 +61,7 @@ rows16 = ti.types.ndarray(row16, ndim=1)
 rows64 = ti.types.ndarray(row64, ndim=1)
 
 # Streams of random numbers; background and cell take three each, one per component.
-STREAM_PIXEL, STREAM_JITTER, STREAM_BACKGROUND, STREAM_CELL, STREAM_INIT = 0, 2, 3, 6, 9
+STREAM_VIEW, STREAM_PIXEL, STREAM_JITTER, STREAM_BACKGROUND, STREAM_CELL, STREAM_INIT = 0, 1, 2, 3, 6, 9
 
 
 # ---- Random numbers -------------------------------------------------------------------------------------------------
@@ -88,12 +88,14 @@ def random_f32(seed, stream, step, index):
 
 
 @ti.func
-def shuffled(t, n, seed, stream, epoch):
-    """The t-th of the numbers 0 .. n - 1 in a random order, another one in every epoch: each comes once. t is u32.
+def shuffled(t, n, seed, stream, epoch, index):
+    """The t-th of the numbers 0 .. n - 1 in a random order: each comes once. t and epoch are u32; there is an order for
+    each of the other numbers.
 
     With the bits that n - 1 has, a round maps the numbers below 2^bits one to one onto themselves: an odd factor, a
     random sum, and the upper half of the bits added to the lower one. What ends at n or above goes round again, until
-    it does not (Black and Rogaway 2002, "Ciphers with Arbitrary Finite Domains", cycle walking)."""
+    it does not (Black and Rogaway 2002, "Ciphers with Arbitrary Finite Domains", cycle walking).
+    """
     bits = ti.u32(1)
     while ti.u32(n - 1) >> bits > ti.u32(0):
         bits += ti.u32(1)
@@ -101,7 +103,7 @@ def shuffled(t, n, seed, stream, epoch):
     again = True
     while again:
         for part in ti.static(range(4)):
-            x = (x * ti.u32(747796405) + random_u32(seed, stream, epoch, part)) & low
+            x = (x * ti.u32(747796405) + random_u32(seed, stream, epoch, 4 * index + part)) & low
             x ^= x >> (bits + ti.u32(1) >> ti.u32(1))
         again = x >= ti.u32(n)
     return ti.cast(x, ti.i32)
@@ -121,14 +123,14 @@ def fill_uniform(n: ti.i32, first: ti.i32, bound: ti.f32, seed: ti.i32, params: 
 # ---- Rays -----------------------------------------------------------------------------------------------------------
 
 @ti.kernel
-def pick_pixels(n_rays: ti.i32, n_views: ti.i32, n_pixels: ti.i32, epoch: ti.i32, first: ti.i32, seed: ti.i32,
-                size: i32buf, ray_pixel: i32buf, ray_view: i32buf, ray_code: i32buf):
-    """Pixels of a training batch, of all views in a random order: none comes again before all have come, which teaches
-    more than drawing them independently. Each view has a code, see color_input_forward, and there is one more, the
-    neutral code, which a share of all rays has instead: it comes to stand for what the photographs have in common, and
-    new views are rendered with it.
+def pick_pixels(n_rays: ti.i32, n_views: ti.i32, turn: ti.i32, first: ti.i32, seed: ti.i32, size: i32buf,
+                ray_pixel: i32buf, ray_view: i32buf, ray_code: i32buf):
+    """Pixels of a training batch: in turn one of each view, the views and each view's pixels in random orders. None
+    comes again before all of its view have come, which teaches more than drawing them independently.
 
-    The batch begins with the `first`-th of the n_pixels pixels of an epoch, and may go on in the next one.
+    The batch begins with the first-th view of a turn. Each view has a code, see color_input_forward, and there is one
+    more, the neutral code, which a share of all rays has instead: it comes to stand for what the photographs have in
+    common, and new views are rendered with it.
     size       [n_views, 4]  in    first pixel, width, height, lens: see generate_rays
     ray_pixel  [n_rays]      out   index of the pixel: size[view][0] + row * width + column
     ray_view   [n_rays]      out   the view
@@ -136,16 +138,10 @@ def pick_pixels(n_rays: ti.i32, n_views: ti.i32, n_pixels: ti.i32, epoch: ti.i32
     thread     one per ray
     """
     for r in range(n_rays):
-        at, n = ti.u32(first) + ti.u32(r), ti.u32(n_pixels)
-        pixel = shuffled(at % n, n_pixels, seed, STREAM_PIXEL, ti.u32(epoch) + at // n)
-        v, end = 0, n_views                          # the view is one of v .. end - 1
-        while end - v > 1:
-            middle = (v + end) // 2
-            if size[4 * middle] <= pixel:
-                v = middle
-            else:
-                end = middle
-        ray_pixel[r] = pixel
+        now = ti.u32(turn) + ti.u32((first + r) // n_views)
+        v = shuffled(ti.u32((first + r) % n_views), n_views, seed, STREAM_VIEW, now, 0)
+        n = size[4 * v + 1] * size[4 * v + 2]
+        ray_pixel[r] = size[4 * v] + shuffled(now % ti.u32(n), n, seed, STREAM_PIXEL, now // ti.u32(n), v)
         ray_view[r] = v
         ray_code[r] = ti.select(r % NEUTRAL_EVERY == 0, n_views, v)
 

@@ -508,7 +508,7 @@ class Model:
     coded, code_sets, moves = ("color",), 1, False   # MLPs that get photographs' codes, how many each; see Nerfies
     decay, progress = None, 0.0                      # if it is another than DECAY; how far training is, 0..1
     rate_shares = ()                                 # (n, first, share) of all rows of params, where rates differ
-    next_pixel = (0, 0)                              # epoch, and place in it: see k.pick_pixels
+    next_view = (0, 0)                               # turn through the views, and place in it: see k.pick_pixels
 
     def __init__(self, settings, space, n_photos=0, n_levels=N_LEVELS, training=True, dry=False):
         """settings: an entry of MACHINES; space: from place_scene; n_photos: that get codes, for their differences. A
@@ -797,8 +797,7 @@ def compare_pixels(m, n_rays, views, seed, step, counter):
 
 def pick(m, n_rays, views, seed):
     """The pixels of a training step."""
-    k.pick_pixels(n_rays, views.n, views.n_pixels, *m.next_pixel, seed, views.size, m.ray_pixel, m.ray_view,
-                  m.ray_code)
+    k.pick_pixels(n_rays, views.n, *m.next_view, seed, views.size, m.ray_pixel, m.ray_view, m.ray_code)
 
 
 def train_step(m, n_rays, views, seed, step, learning_rate):
@@ -843,7 +842,7 @@ def upload_views(m, views):
     size.from_numpy(views.size.ravel())
     camera.from_numpy(to_cube(views.camera, m.space).ravel())
     return types.SimpleNamespace(pixels=pixels, size=size, camera=camera, n=len(views.size), alpha=views.alpha,
-                                 n_pixels=views.pixels.size, outlined=views.outlined, points=None)
+                                 outlined=views.outlined, points=None)
 
 
 # ---- The family: other models, of the stages in Part II of kernels.py -----------------------------------------------
@@ -1475,8 +1474,8 @@ def train(m, views, seed, steps=None, seconds=None, report=lambda **line: None, 
         start_occupancy(m, views, view_bound)
     while now.progress < 1.0 and not stop:
         rate, m.progress = first_rate * (last_rate / first_rate) ** now.progress, now.progress
-        epoch, first_pixel = divmod(now.rays + now.rays_dropped + rays_since, views.n_pixels)
-        m.next_pixel = epoch % 2**31, first_pixel
+        turn, first_view = divmod(now.rays + now.rays_dropped + rays_since, views.n)
+        m.next_view = turn % 2**31, first_view
         take_step(m, now.n_rays, views, seed, now.step, rate)
         now.step, rays_since = now.step + 1, rays_since + now.n_rays
         if m.marches and now.step % min(refresh, 1 + now.step // 64) == 0:   # more often while the field takes shape
@@ -2825,8 +2824,8 @@ def list_launches(m):
     Arguments are numbers, names of buffers, and names of what the caller of that function gives."""
     names, lists, n_steps = {id(x): name for name, x in named_buffers(m).items()}, {}, m.settings["render_steps"]
     views = types.SimpleNamespace(pixels="views.pixels", size="views.size", camera="views.camera", n="views.n",
-                                  alpha="mask" if m.n_code else "background", n_pixels="views.n_pixels", outlined=True)
-    m.next_pixel = ("epoch", "first_pixel")
+                                  alpha="mask" if m.n_code else "background", outlined=True)
+    m.next_view = ("turn", "first_view")
     calls = dict(
         initialize=lambda: m.initialize("seed"), load_weights=lambda: load_weights(m),
         start_occupancy=lambda: start_occupancy(m, views, "view_bound"),
@@ -2848,7 +2847,7 @@ EXPORT_NOTES = dict(
             "at first. Sizes are those of `settings`: another march, rays, block and chunk make others.",
     launches="By function of tinynerf.py: [kernel, argument, ...] in order, a number or a name each: of a buffer, or "
              "of what the caller gives: pixels, size and camera of the views to train on, view_bound [n_views, 4], "
-             "n_rays, n_cells, seed, epoch, first_pixel, first, limit. carve_cells is for views that show nothing but "
+             "n_rays, n_cells, seed, turn, first_view, first, limit. carve_cells is for views that show nothing but "
              "the subject. `step` is 0 here, and adam_step's learning_rate that of step 0 at a rate of 1: see adam(). "
              "load_weights comes first; a picture is start_tile and then march, forward, until march finds nothing: "
              "see render_view().",
