@@ -8,17 +8,18 @@ Rules that hold for the whole file:
   1. Buffers are flat f32, i32 or u32 arrays. A shape like [n, 4] means row-major: x[4*i + c].
      Only parameters and the MLPs' activations are arrays of vectors, one row an element: x[i][c]. In memory the rows
      lie one after the other, 4-byte numbers without gaps.
-  2. A kernel is one parallel loop. The loop index is the thread id; threads of one launch do not communicate.
+  2. A kernel is one parallel loop. The loop index is the thread id, plus the loop's first index where that is not 0;
+     threads of one launch do not communicate.
   3. Launches run in order, and all writes of one are visible to the next. There is no other synchronisation.
   4. grad_x has the shape of x. Gradients of parameters accumulate (+=) until adam_step clears them, all others are
-     overwritten (=).
+     overwritten (=), unless the docstring calls them in-out.
   5. A buffer entry has one writer per launch, except where the docstring has an 'atomic' line.
   6. The scene's box is the unit cube: positions are in [0, 1]^3, and lengths and 1/sigma are in units of its side. An
      unbounded scene is all of space, bent into the cube by `contract`; its lengths are those before bending.
-  7. Indices are i32: n_levels * samples, views * pixels, 4 * slots of the table and 8 * rays stay below 2^31.
+  7. Indices are i32: n_levels * samples, the pixels of all views, 4 * slots of the table and 8 * rays stay below 2^31.
   8. It reads as Python: x & 1 == 1 is (x & 1) == 1, and a <= x < b both. Literals are f32; // and % meet no negative
      numbers. Where i32 and f32 meet, the i32 is converted first; / is always f32. Compilers may contract products and
-     sums, and reorder sums.
+     sums, and reorder sums. u32 is modulo 2^32; counter[2] and counter[3], which wrap around, too.
 Part II, at the end, holds stages of other models than instant-ngp; a reader may stop before it.
 Nothing here uses autodiff, 64-bit or 16-bit types, shared memory, subgroups, recursion or captured state.
 
@@ -36,8 +37,9 @@ WIDTH = 64            # neurons of a hidden layer, and the most inputs any layer
 OUTPUT = 16           # most outputs an MLP has: the density MLP's; the color MLP has 3
 N_FEATURES = 4        # F: features of a hash-table slot, and numbers in a row of the parameters
 UNKNOWN = 1e9         # density of a cell that nobody has looked at yet: it counts as occupied
-CARVED_BY = 3         # views that have to see nothing in a cell before it is given up
-END = 1 << 30         # step index of a ray that has left the box
+FOOTPRINT = 4096      # most pixels of a view that are looked at for a cell
+CARVED_BY = 3         # views, best from different places, that have to see nothing in a cell before it is given up
+END = 1 << 30         # step index of a ray that has left the box, or that no light gets through any more
 DARK = END + 1        # step index of a ray that has ended in a dark cell
 NEVER = 2**31 - 1     # the first step whose loss is no finite number, while there is none
 RADIUS = 0.25         # of the ball in the middle of the cube that the contraction leaves as it is
@@ -89,12 +91,13 @@ def random_f32(seed, stream, step, index):
 
 @ti.func
 def shuffled(t, n, seed, stream, epoch, index):
-    """The t-th of the numbers 0 .. n - 1 in a random order: each comes once. t and epoch are u32; there is an order for
-    each of the other numbers.
+    """The t-th (u32, t < n) of the numbers 0 .. n - 1, n >= 1, in a random order: a permutation, another one for each
+    seed, stream, epoch and index.
 
-    With the bits that n - 1 has, a round maps the numbers below 2^bits one to one onto themselves: an odd factor, a
-    random sum, and the upper half of the bits added to the lower one. What ends at n or above goes round again, until
-    it does not (Black and Rogaway 2002, "Ciphers with Arbitrary Finite Domains", cycle walking).
+    On numbers of `bits` bits, as many as n - 1 has and at least 1, each of four rounds is one to one: times an odd
+    number, plus a random one, modulo 2^bits, then the upper bits // 2 bits XORed onto the lowest. What is not below n
+    goes through all four again, until it is (Black and Rogaway 2002, "Ciphers with Arbitrary Finite Domains", cycle
+    walking).
     """
     bits = ti.u32(1)
     while ti.u32(n - 1) >> bits > ti.u32(0):
@@ -125,12 +128,13 @@ def fill_uniform(n: ti.i32, first: ti.i32, bound: ti.f32, seed: ti.i32, params: 
 @ti.kernel
 def pick_pixels(n_rays: ti.i32, n_views: ti.i32, turn: ti.i32, first: ti.i32, seed: ti.i32, size: i32buf,
                 ray_pixel: i32buf, ray_view: i32buf, ray_code: i32buf):
-    """Pixels of a training batch: in turn one of each view, the views and each view's pixels in random orders. None
-    comes again before all of its view have come, which teaches more than drawing them independently.
+    """Pixels of a training batch, a piece of an endless list: a turn has one pixel of each view, the views in a random
+    order. In as many turns as a view has pixels, its epoch, each of these comes once, in a random order, which teaches
+    more than drawing them independently.
 
-    The batch begins with the first-th view of a turn. Each view has a code, see color_input_forward, and there is one
-    more, the neutral code, which a share of all rays has instead: it comes to stand for what the photographs have in
-    common, and new views are rendered with it.
+    The batch begins with view `first` of a turn: turn, first = the rays of all steps before // n_views and % n_views.
+    Each view has a code, see color_input_forward, and there is one more, the neutral code, which a share of all rays
+    has instead: it comes to stand for what the photographs have in common, and new views are rendered with it.
     size       [n_views, 4]  in    first pixel, width, height, lens: see generate_rays
     ray_pixel  [n_rays]      out   index of the pixel: size[view][0] + row * width + column
     ray_view   [n_rays]      out   the view
@@ -323,7 +327,7 @@ def contract_samples(counter: i32buf, sample: f32buf):
 
 # ---- Occupancy grid: which of grid_size^3 cells may hold something (instant-ngp, section E.2). Cells are numbered by
 # bricks of 4x4x2: a brick is one u32 word of the packed bits. A ray leaves an empty brick in one go, and an empty block
-# of 4x4x4 bricks too. The packed buffer `occupancy` holds, with n = grid_size^3 / 32,
+# of 4x4x4 bricks too. The packed buffer `occupancy` holds, with n = grid_size^3 / 32 words,
 #     words [0, n)              bit c of word w: is cell 32 w + c occupied?
 #     words [n, n + n / 64)     one word per block: not 0 if any of its cells is occupied
 #     the n words after these   bit c of word w: is cell 32 w + c dark? It is occupied, but the light of no training ray
@@ -365,8 +369,8 @@ def bound_views(n_views: ti.i32, size: i32buf, camera: f32buf, view_bound: f32bu
 
     size        [n_views, 4]   in
     camera      [n_views, 22]  in    see generate_rays
-    view_bound  [n_views, 4]   out   lowest and highest x / depth, lowest and highest y / depth, y up; +-1e4 where the
-                                     border sees further than that, or nothing
+    view_bound  [n_views, 4]   out   lowest and highest x / depth, lowest and highest y / depth, y up; -1e4 and 1e4
+                                     where the border sees further than that, or nothing
     thread      one per view
     """
     for v in range(n_views):
@@ -394,7 +398,8 @@ def bound_views(n_views: ti.i32, size: i32buf, camera: f32buf, view_bound: f32bu
 
 @ti.func
 def seen_from(view, camera: ti.template(), x):
-    """The point x as a camera sees it: to its right, above, behind. The inverse of a rotation is its transpose."""
+    """R^T (x - origin), a point of the cube in a camera's own frame: x right, y up, z backwards. The inverse of a
+    rotation is its transpose."""
     m = CAMERA * view
     p = vec3(0.0)
     for c in ti.static(range(3)):
@@ -409,7 +414,7 @@ def mark_visible_cells(grid_size: ti.i32, unbounded: ti.i32, n_views: ti.i32, ne
     """Cells that no camera sees are marked -1 for good: nothing would ever correct a guess made there.
 
     A cell counts as seen unless the sphere around it lies outside one of the pyramid of view's four sides, behind the
-    camera, or nearer than `near`.
+    camera, or nearer than `near`. A fisheye whose bounds are 1e4 may see all around itself.
     camera        [n_views, 22]   in    see generate_rays
     view_bound    [n_views, 4]    in    from bound_views
     density_grid  [grid_size^3]   out   UNKNOWN where a camera sees the cell, -1 elsewhere
@@ -431,12 +436,13 @@ def mark_visible_cells(grid_size: ti.i32, unbounded: ti.i32, n_views: ti.i32, ne
         while seen == 0 and view < n_views:
             p = seen_from(view, camera, center)
             depth = -p[2]
-            inside = depth > -radius and p.norm() > near - radius
+            around = view_bound[4 * view + 1] >= 1e4
+            inside = (around or depth > -radius) and p.norm() > near - radius
             for c in ti.static(range(2)):
                 low, high = view_bound[4 * view + 2 * c], view_bound[4 * view + 2 * c + 1]
-                if p[c] - high * depth > radius * ti.sqrt(1.0 + high * high):
+                if not around and p[c] - high * depth > radius * ti.sqrt(1.0 + high * high):
                     inside = False
-                if low * depth - p[c] > radius * ti.sqrt(1.0 + low * low):
+                if not around and low * depth - p[c] > radius * ti.sqrt(1.0 + low * low):
                     inside = False
             if inside:
                 seen = 1
@@ -446,15 +452,16 @@ def mark_visible_cells(grid_size: ti.i32, unbounded: ti.i32, n_views: ti.i32, ne
 
 @ti.kernel
 def carve_cells(grid_size: ti.i32, n_views: ti.i32, size: i32buf, camera: f32buf, image: u32buf, density_grid: f32buf):
-    """Cells in which CARVED_BY views see nothing at all, alpha 0, are marked -1, too: what is left is the visual hull
-    (Laurentini 1994). One view would do if no outline were ever wrong. For pinhole cameras, and a scene in a box that
-    does not move.
+    """Cells in which CARVED_BY views see nothing at all, alpha 0, are marked -1, too. What is left is little more than
+    the visual hull (Laurentini 1994); one view would do if silhouettes were never wrong. For pinhole cameras, and a
+    scene in a box that does not move.
 
-    The sphere around the cell, with its middle p as the camera sees it, d = -p_z, and radius rho < d, lies between
+    The sphere around the cell, of radius rho, with its middle p as the camera sees it and d = -p_z > rho, lies between
 
-        x / depth = (d p_x -+ rho sqrt(d^2 + p_x^2 - rho^2)) / (d^2 - rho^2),    y alike
+        x / depth = (d p_x -+ rho sqrt(d^2 + p_x^2 - rho^2)) / (d^2 - rho^2),    and so with -p_y for rows
 
-    and all pixels of this rectangle have to be in the image, and 0.
+    or columns floor(cx + fx x / depth). All pixels of this rectangle, at most FOOTPRINT of them, have to be in the
+    image and 0; other views do not count.
     size          [n_views, 4]           in      see generate_rays
     camera        [n_views, 22]          in
     image         [pixels of all views]  in      see loss_and_gradient: alpha in the highest byte
@@ -481,7 +488,7 @@ def carve_cells(grid_size: ti.i32, n_views: ti.i32, size: i32buf, camera: f32buf
                     high[c] = ti.cast(ti.floor(ti.min(middle + f * (depth * x + room) / square, 1e6)), ti.i32)
                     if low[c] < 0 or high[c] >= size[4 * view + 1 + c]:
                         inside = False
-                if inside:
+                if inside and (high[0] - low[0] + 1) * (high[1] - low[1] + 1) <= FOOTPRINT:
                     alpha = ti.u32(0)
                     row = low[1]
                     while alpha == ti.u32(0) and row <= high[1]:
@@ -525,7 +532,7 @@ def update_density_grid(n: ti.i32, first: ti.i32, grid_size: ti.i32, decay: ti.f
 
     sample        [n, 5]         in      from place_cell_samples: [4] = dt
     cell_sigma    [n]            in      at these points
-    density_grid  [grid_size^3]  in-out  cells that no camera sees stay -1
+    density_grid  [grid_size^3]  in-out  cells that are -1 stay so
     thread        one per cell of the walk; n <= grid_size^3, so that no cell comes twice and each has one writer
     """
     for t in range(n):
@@ -937,10 +944,10 @@ def hash_encode_backward(n_levels: ti.i32, n_chunks: ti.i32, chunk: ti.i32, coun
 
 
 # ---- MLP: n_hidden hidden layers y = relu(x W), 64 wide, and an output layer y = x W of n_out <= 16 columns; without
-# biases. The density MLP is F n_levels -> 64 -> 16, the color MLP 32 -> 64 -> 64 -> 3. A sample passes all layers in
-# one thread: what a layer has written is still in the cache when the next one reads it. In `params` an MLP is a list of
-# rows of 64: n_rows = n_in + 64 (n_hidden - 1) rows of the hidden layers' W, one layer below the other, then the n_out
-# rows of the output layer's W^T. Before use they are copied into wider rows:
+# biases. The density MLP is F n_levels -> 64 -> 16, the color MLP 32 (and a code) -> 64 -> 64 -> 3. A sample passes all
+# layers in one thread: what a layer has written is still in the cache when the next one reads it. In `params` an MLP is
+# a list of rows of 64: n_rows = n_in + 64 (n_hidden - 1) rows of the hidden layers' W, one layer below the other, then
+# the n_out rows of the output layer's W^T. Before use they are copied into wider rows:
 #     weight      [n_rows] rows of 64               W of the hidden layers
 #     weight_out  [64] rows of 16                   W of the output layer
 #     weight_t    [64 n_hidden + 16] rows of 64     W^T of all layers

@@ -488,6 +488,7 @@ def test_carve_cells(rng):
                                0.8 * width, width, height) for v, (_, width, height, _) in enumerate(size)])
     camera[-1] = look_at([0.5, 0.6, 0.45], [0.9, 0.3, 0.5], 8, *size[-1, 1:3])            # from within
     camera[2, 14:16] += [2, -1]
+    camera[1, 13] *= 1.2
     image = np.zeros((size[-1, 0] + size[-1, 1] * size[-1, 2], 4), np.uint8)
     image[:, :3] = rng.integers(0, 256, (len(image), 3))                     # colors say nothing
     alphas = [image[first:first + width * height, 3].reshape(height, width) for first, width, height, _ in size]
@@ -504,13 +505,13 @@ def test_carve_cells(rng):
         direction, axis=1, keepdims=True)
     may, shut = np.zeros(grid**3), np.zeros(grid**3)
     for c, alpha in zip(camera, alphas):
-        m, (f, _, cx, cy), (height, width) = c[:12].reshape(3, 4), c[12:16], alpha.shape
+        m, (fx, fy, cx, cy), (height, width) = c[:12].reshape(3, 4), c[12:16], alpha.shape
         at, ahead = [], []
         for x in (inside, around):
             p = (x - m[:, 3]) @ m[:, :3]
             ahead.append((p[..., 2] < -1e-3).all(1))
             with np.errstate(divide="ignore", invalid="ignore"):
-                at.append(np.stack([cx - f * p[..., 0] / p[..., 2], cy + f * p[..., 1] / p[..., 2]], -1))
+                at.append(np.stack([cx - fx * p[..., 0] / p[..., 2], cy + fy * p[..., 1] / p[..., 2]], -1))
         column, row = np.nan_to_num(at[0], nan=-9).clip(-9, 999).astype(int).transpose(2, 0, 1)
         out = (column < 0) | (column >= width) | (row < 0) | (row >= height)
         may += ~ahead[0] | (out | (alpha[row.clip(0, height - 1), column.clip(0, width - 1)] > 0)).any(1)
@@ -521,6 +522,43 @@ def test_carve_cells(rng):
     stays, goes = (may > n - k.CARVED_BY) & (before > 0), shut >= k.CARVED_BY
     assert stays.sum() > 500 and (got[stays] == k.UNKNOWN).all() and (got[before < 0] == -1).all()
     assert goes.sum() > 500 and (got[goes] == -1).all() and set(got) == {-1.0, k.UNKNOWN}
+
+
+def test_fisheye_sees_cells(rng):
+    """What a fisheye sees at more than a right angle to its axis is given up."""
+    grid, size = 16, sizes((40, 40, 1))
+    camera = np.array([look_at([0.5, 0.5, 0.5], [0.9, 0.5, 0.5], 10, 40, 40)])           # it sees 115 degrees sideways
+    density_grid, view_bound = buf(np.full(grid**3, 9.0)), buf(np.full((1, 4), 9.0))
+    k.bound_views(1, buf(size), buf(camera), view_bound)
+    k.mark_visible_cells(grid, 0, 1, 0.2, buf(camera), view_bound, density_grid)
+    far = np.linalg.norm(cell_centers(grid) - 0.5, axis=1)
+    got, behind = density_grid.to_numpy(), (0.5 - cell_centers(grid)[:, 0]) / far
+    assert (got[(behind < 0.3) & (far > 0.3)] == k.UNKNOWN).all() and (got[far < 0.1] == -1).all()
+
+
+def test_unused_outlines(monkeypatch):
+    """Cells are carved where nothing says what is empty: views of other moments, lenses that bend, masks, models that
+    move."""
+    carved = []
+    monkeypatch.setattr(k, "carve_cells", lambda *arguments: carved.append(arguments))
+
+    def carves(views, moves=False):
+        m = tinynerf.Model(TINY, BOX, n_levels=3)
+        m.moves = moves
+        carved.clear()
+        tinynerf.start_occupancy(m, tinynerf.upload_views(m, views), buf(np.zeros(12)))
+        return len(carved)
+
+    def packed(alpha="background", still=True, lens=0, k1=0.0, least=0):
+        photos = [types.SimpleNamespace(rgba=np.full((2, 2, 4), least, np.uint8), lens=lens, name="", time=0,
+                                        still=still, camera=np.array(12 * [0] + [2, 2, 1, 1, k1] + 5 * [0]))
+                  for _ in range(3)]
+        return tinynerf.pack_views(photos, alpha)
+    assert carves(packed()) == 1 and carves(tinynerf.select_views(packed(), np.array([True, False, True]))) == 1
+    for views in (packed("mask"), packed(still=False), packed(lens=1), packed(k1=0.1), packed(least=255),
+                  tinynerf.select_views(packed(still=False), np.array([True, False, True]))):
+        assert carves(views) == 0
+    assert carves(packed(), moves=True) == 0
 
 
 @pytest.mark.parametrize("growth", [0.0, 0.05])
@@ -4814,6 +4852,7 @@ def golden_grid(rng):
     k.mark_visible_cells(16, 0, 2, 0.3, buf(camera), buf(bound), buf(np.zeros(4096)))
     camera = np.array([look_at([0.5 + 0.9 * math.cos(v), 0.5 + 0.9 * math.sin(v), 0.7], [0.5, 0.5, 0.5], 14, 20, 14)
                        for v in range(5)])
+    camera[:2, 13] *= 1.3
     image = np.zeros((5, 14, 20, 4), np.uint8)
     image[:, 5:8, 3:15] = rng.integers(0, 2, (5, 3, 12, 4))
     image[..., :3] = rng.integers(0, 256, (5, 14, 20, 3))
@@ -5532,6 +5571,7 @@ PORT_BUGS = {
     "rays from pixels without light": ("generate_rays", "generate_rays", "ti.select(length > 0.0, FAR, -1.0)", "FAR"),
     "a division by 0": ("generate_rays", "generate_rays", "d = 1e-9", "d = 1e-5"),
     "nothing is too near": ("mark_visible_cells", "mark_visible_cells", " and p.norm() > near - radius", ""),
+    "outlines: square pixels": ("carve_cells", "carve_cells", "CAMERA * view + 12 + c", "CAMERA * view + 12"),
     "outlines upside down": ("carve_cells", "carve_cells", "(1, -1)[c]", "(1, 1)[c]"),
     "one outline is enough": ("carve_cells", "carve_cells", "if empty == CARVED_BY", "if empty > 0"),
     "nothing beyond the picture": ("carve_cells", "carve_cells", "inside = False", "high[c] = -1"),

@@ -393,8 +393,7 @@ def load_scene(folder, downscale=1):
         time      f32 [n]: the moment it shows, of moving scenes; where the file has none, its place in the list
         names     n paths
         alpha     "none": all 255; "background": it shows the background; "mask": pixels with 0 do not train, others 255
-        outlined  the same "background" shows in all views where nothing is: their cameras have no distortion, and no
-                  frame has a time
+        outlined  nothing is where alpha is 0: it is "background", no lens has distortion, no frame has a time
     split         what is held out as test: "test", "val", "test_filenames", "val_filenames", "every 8th of train"
     capture       False for the Blender family
     placement     what the file says of aabb_scale, scale and offset, see instant-ngp
@@ -747,12 +746,12 @@ def adam(m, step, learning_rate):
 
 
 def start_occupancy(m, views, view_bound):
-    """Every cell that a camera sees may hold something, unless alpha says that it does not, and no other ever will.
-    view_bound [n_views, 4] f32."""
+    """Every cell that a camera sees may hold something, unless alpha shows that it does not, and no other ever will.
+    view_bound [n_views, 4] f32 is written."""
     grid, space = m.settings["grid"], m.space
     k.bound_views(views.n, views.size, views.camera, view_bound)
     k.mark_visible_cells(grid, space.unbounded, views.n, space.near, views.camera, view_bound, m.density_grid)
-    if views.outlined and not m.space.unbounded:
+    if views.outlined and not m.space.unbounded and not m.moves:
         k.carve_cells(grid, views.n, views.size, views.camera, views.pixels, m.density_grid)
     pack_occupancy(m, 0, k.END)
 
@@ -801,7 +800,8 @@ def pick(m, n_rays, views, seed):
 
 
 def train_step(m, n_rays, views, seed, step, learning_rate):
-    """One step on n_rays random pixels of `views` (a namespace made by upload_views). Nothing is read back."""
+    """One step on the n_rays pixels of `views` (a namespace made by upload_views) from m.next_view on. Nothing is read
+    back."""
     pick(m, n_rays, views, seed)
     compare(m, n_rays, views, seed, step, m.first_code)
     k.mark_lit_cells(n_rays, m.settings["grid"], step, m.march_span, m.march_sample, m.march_sigma, m.keep, m.lit_step)
@@ -2847,10 +2847,10 @@ EXPORT_NOTES = dict(
             "at first. Sizes are those of `settings`: another march, rays, block and chunk make others.",
     launches="By function of tinynerf.py: [kernel, argument, ...] in order, a number or a name each: of a buffer, or "
              "of what the caller gives: pixels, size and camera of the views to train on, view_bound [n_views, 4], "
-             "n_rays, n_cells, seed, turn, first_view, first, limit. carve_cells is for views that show nothing but "
-             "the subject. `step` is 0 here, and adam_step's learning_rate that of step 0 at a rate of 1: see adam(). "
-             "load_weights comes first; a picture is start_tile and then march, forward, until march finds nothing: "
-             "see render_view().",
+             "n_rays, n_cells, seed, turn, first_view, first, limit. turn, first_view = rays of all steps before // "
+             "n_views and % n_views. carve_cells is for pinhole cameras whose alpha is 0 where nothing is. `step` is 0 "
+             "here, and adam_step's learning_rate that of step 0 at a rate of 1: see adam(). load_weights comes "
+             "first; a picture is start_tile and then march, forward, until march finds nothing: see render_view().",
     tasks="What Taichi makes of a kernel: SPIR-V 1.3 in kernels/, entry point main, to be dispatched one after the "
           "other with a barrier between; bindings are of descriptor set 0. The first of two is one thread that "
           "computes the loop's bounds into `temporaries`, a storage buffer for the second (Taichi gives it 1 MB; it "
