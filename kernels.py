@@ -458,10 +458,10 @@ def carve_cells(grid_size: ti.i32, n_views: ti.i32, size: i32buf, camera: f32buf
 
     The sphere around the cell, of radius rho, with its middle p as the camera sees it and d = -p_z > rho, lies between
 
-        x / depth = (d p_x -+ rho sqrt(d^2 + p_x^2 - rho^2)) / (d^2 - rho^2),    and so with -p_y for rows
+        x / depth = (d p_x -+ rho sqrt(d^2 + p_x^2 - rho^2)) / (d^2 - rho^2)        -p_y in place of p_x for rows
 
-    or columns floor(cx + fx x / depth). All pixels of this rectangle, at most FOOTPRINT of them, have to be in the
-    image and 0; other views do not count.
+    and thus between two columns, floor(cx + fx x / depth), and two rows. All pixels of this rectangle, at most
+    FOOTPRINT of them, have to be in the image and 0; other views do not count.
     size          [n_views, 4]           in      see generate_rays
     camera        [n_views, 22]          in
     image         [pixels of all views]  in      see loss_and_gradient: alpha in the highest byte
