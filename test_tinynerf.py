@@ -1732,8 +1732,8 @@ FIRST_LOSSES = [0.047814, 0.044302, 0.039907, 0.040632, 0.034461, 0.036723, 0.04
 def test_train_tiny(steady, monkeypatch, tmp_path, request):
     """Training is not what it was, or not what it is on a CPU, does not reach its quality, or reaches one that cannot
     be true; or a saved model renders another picture than the one that was trained."""
-    steps, quality, samples = (250, (24.5, 28.5), (200000, 245000)) if ON_CPU else (60, (15.5, 19), (50000, 60000))
-    m, losses, total = train_sphere(0, steps)        # fewer in software; other seeds: 25.6 to 26.9, 17.1 dB
+    steps, quality, samples = (250, (24.5, 28.5), (200000, 245000)) if ON_CPU else (100, (18, 22), (90000, 100000))
+    m, losses, total = train_sphere(0, steps)        # fewer in software; other seeds: 25.6 to 26.9, 19.1 to 20.4
     print("first losses:", ", ".join(f"{loss:.6f}" for loss in losses[:10]))
     assert total["steps"] == len(losses) == steps
     want = FIRST_LOSSES if ON_CPU else (             # those of a CPU
@@ -4445,10 +4445,9 @@ def test_commands(tmp_path, monkeypatch, capsys, recwarn):
     monkeypatch.setattr(tinynerf, "evaluate_fitted", lambda m, views: fitted(m, views, 2, 64))
     monkeypatch.setattr(tinynerf, "REPEATS", 3)
     write_scene(tmp_path / "sphere", n_train=8, size=24)
-    n_steps = 30 if ON_CPU else 10                   # in software, less of what the host does alike
     runs = [("my/run", 1, ["--out", "my/run"]), ("runs/sphere", 1, []), ("runs/sphere-2", 1, []),
-            ("my/run", n_steps, ["--out", "my/run", "--overwrite", "--watch"])]
-    for run, steps, options in runs[::1 if ON_CPU else 3]:
+            ("my/run", 30, ["--out", "my/run", "--overwrite", "--watch"])]
+    for run, steps, options in runs[::1 if ON_CPU else 3]:                   # in software, less of what the host does
         assert tinynerf.main(["train", "sphere", "--steps", str(steps), "--arch", ARCH] + options) == 0
         assert os.path.exists(os.path.join(run, "metrics.json")), capsys.readouterr().out
         capsys.readouterr()
@@ -4461,7 +4460,7 @@ def test_commands(tmp_path, monkeypatch, capsys, recwarn):
                      os.path.join("test", "000.png"), os.path.join("test", "001.png")}
     metrics = json.loads((run / "metrics.json").read_text())
     assert set(METRICS) <= set(metrics)
-    assert metrics["arch"] == ARCH and metrics["steps"] == n_steps and metrics["image_size"] == [24, 24]
+    assert metrics["arch"] == ARCH and metrics["steps"] == 30 and metrics["image_size"] == [24, 24]
     assert metrics["psnr"] == pytest.approx(np.mean(metrics["psnr_per_view"])) and len(metrics["psnr_per_view"]) == 2
     assert metrics["split"] == "test" and metrics["seed"] == 0 and metrics["background"] == "white"
     shown = imageio.imread(run / "test" / "000.png") / 255.0
@@ -4469,7 +4468,7 @@ def test_commands(tmp_path, monkeypatch, capsys, recwarn):
     assert tinynerf.psnr(shown, truth) == pytest.approx(metrics["psnr_per_view"][0], abs=0.1)
     assert imageio.imread(run / "compare.png").shape == (48, 72, 3)
     log = (run / "log.csv").read_text().splitlines()
-    assert log[0] == "step,seconds,loss,psnr" and log[-1].startswith(f"{n_steps},")
+    assert log[0] == "step,seconds,loss,psnr" and log[-1].startswith("30,")
     with np.load(run / "model.npz", allow_pickle=False) as file:
         assert {"params", "occupancy", "info", "camera_train", "camera_test", "camera_test_size"} == set(file.files)
         assert all(file[name] is not None for name in file.files)
@@ -4583,9 +4582,10 @@ WORKGROUP = 64
 FILLS = [dict(f=-77.0, i=-77, u=2**32 - 77), dict(f=55.0, i=55, u=55)]       # of `out` buffers before a launch
 KINDS = {"f32": "<f4", "i32": "<i4", "u32": "<u4"}
 TOLERANCE = 1e-5
-# What rounds more coarsely: the last wave has 2^9 turns where the position has one; and 1 - exp(-x) of a small x
+# What rounds more coarsely: the last wave has 2^9 turns where the position has one; 1 - exp(-x) of a small x; and the
+# logarithm of what is next to 1
 LOOSE = dict(integrated_encode_forward=3e-4, contracted_encode_forward=3e-4, density_softplus_backward=5e-4,
-             transient_head_backward=5e-5, composite_both_backward=5e-5, elastic_loss=1e-3)
+             transient_head_backward=2e-4, composite_both_backward=5e-4, elastic_loss=1e-2)
 ROUNDED = {"mark_visible_cells", "carve_cells", "count_samples", "write_samples", "mark_visible_samples",
            "mark_lit_cells"}
 
