@@ -2022,7 +2022,8 @@ def start_taichi(arch):
         choices.remove("vulkan")                     # no GPU: what Vulkan would find is a renderer in software
     for choice in choices:
         # Matrices as LLVM vectors: weight gradients several times as fast on a CPU; SPIR-V cannot take them.
-        options = dict(real_matrix_scalarize=choice != "cpu", unrolling_limit=0)
+        # A loop on a CPU is cut into as many pieces as there are threads: several a core share it more evenly.
+        options = dict(real_matrix_scalarize=choice != "cpu", unrolling_limit=0, cpu_max_num_threads=4 * os.cpu_count())
         sys.stdout.flush()
         with tempfile.TemporaryFile("w+") as log:    # only Taichi's trace says which device it found
             saved = os.dup(1), os.dup(2)
