@@ -355,12 +355,10 @@ def cell_corner(number, grid_size):
 
 
 @ti.func
-def scattered_cell(t, grid_size):
-    """The t-th cell of an endless walk over all cells. Cells of a brick come in a row, since neighbours share
-    hash-table slots; the bricks are scattered: an odd factor permutes the numbers below a power of two."""
+def scattered_brick(t, grid_size):
+    """The t-th brick in a scattered order: an odd factor permutes the numbers below a power of two."""
     n_bricks = ti.u32(grid_size * grid_size * grid_size // 32)
-    brick = (ti.u32(t) >> 5) * ti.u32(2654435761) & (n_bricks - ti.u32(1))
-    return ti.cast(brick << 5 | (ti.u32(t) & ti.u32(31)), ti.i32)
+    return ti.cast(ti.u32(t) * ti.u32(2654435761) & (n_bricks - ti.u32(1)), ti.i32)
 
 
 @ti.kernel
@@ -503,44 +501,89 @@ def carve_cells(grid_size: ti.i32, n_views: ti.i32, size: i32buf, camera: f32buf
 
 
 @ti.kernel
-def place_cell_samples(n: ti.i32, first: ti.i32, grid_size: ti.i32, step_length: ti.f32, growth: ti.f32, seed: ti.i32,
-                       step: ti.i32, sample: f32buf, counter: i32buf):
-    """A random point in each of n cells of the scattered walk, as samples for hash_encode_forward and probe_density.
+def count_live_cells(grid_size: ti.i32, density_grid: f32buf, brick_span: i32buf):
+    """How many cells of each brick are live, that is, were not given up; bricks in scattered order. The scan of
+    marching makes spans of these numbers.
 
-    sample   [n, 5]  out   position in the cube, 0, and the dt that a ray from the middle would have there
-    counter  [4]     out   [0] = n; a buffer of its own, not the march's
-    thread   one per cell
+    density_grid  [grid_size^3]           in
+    brick_span    [grid_size^3 / 32, 2]   out   [1] = number of live cells
+    thread        one per brick
     """
-    for t in range(n):
-        x = cell_corner(scattered_cell(first + t, grid_size), grid_size)
-        for c in ti.static(range(3)):
-            x[c] = (x[c] + random_f32(seed, STREAM_CELL + c, step, t)) / grid_size
-            sample[5 * t + c] = x[c]
-        sample[5 * t + 3] = 0.0
-        sample[5 * t + 4] = step_length
-        if growth > 0.0:
-            sample[5 * t + 4] = step_length + growth * (expand(x) - 0.5).norm()
-        if t == 0:
-            counter[0] = n
+    for t in range(grid_size * grid_size * grid_size // 32):
+        count = 0
+        for c in range(32):
+            if density_grid[32 * scattered_brick(t, grid_size) + c] >= 0.0:
+                count += 1
+        brick_span[2 * t + 1] = count
 
 
 @ti.kernel
-def update_density_grid(n: ti.i32, first: ti.i32, grid_size: ti.i32, decay: ti.f32, sample: f32buf,
-                        cell_sigma: f32buf, density_grid: f32buf):
+def list_live_cells(grid_size: ti.i32, density_grid: f32buf, brick_span: i32buf, live_cell: i32buf):
+    """The live cells, in the order in which updates of the grid walk over them, again and again: bricks scattered, so
+    that every part of the scene is looked at soon, and cells of a brick in a row, since neighbours share hash-table
+    slots.
+
+    density_grid  [grid_size^3]           in
+    brick_span    [grid_size^3 / 32, 2]   in    from claim_spans
+    live_cell     [grid_size^3]           out   numbers of cells, as many as are live
+    thread        one per brick
+    """
+    for t in range(grid_size * grid_size * grid_size // 32):
+        at = brick_span[2 * t]
+        for c in range(32):
+            cell = 32 * scattered_brick(t, grid_size) + c
+            if density_grid[cell] >= 0.0:
+                live_cell[at] = cell
+                at += 1
+
+
+@ti.kernel
+def place_cell_samples(n: ti.i32, first: ti.i32, grid_size: ti.i32, step_length: ti.f32, growth: ti.f32, seed: ti.i32,
+                       step: ti.i32, live_counter: i32buf, live_cell: i32buf, sample: f32buf, counter: i32buf):
+    """A random point in each of n live cells, or of all if there are fewer, as samples for hash_encode_forward and
+    probe_density.
+
+    live_counter  [4]            in    [0] = number of live cells
+    live_cell     [grid_size^3]  in    from list_live_cells; the walk goes on with the (first % live_counter[0])-th
+    sample        [n, 5]         out   position in the cube, 0, and the dt that a ray from the middle would have there
+    counter       [4]            out   [0] = number of samples; a buffer of its own, not the march's
+    thread        one per cell
+    """
+    for t in range(n):
+        n_live = live_counter[0]
+        if t < n_live:
+            x = cell_corner(live_cell[(first + t) % n_live], grid_size)
+            for c in ti.static(range(3)):
+                x[c] = (x[c] + random_f32(seed, STREAM_CELL + c, step, t)) / grid_size
+                sample[5 * t + c] = x[c]
+            sample[5 * t + 3] = 0.0
+            sample[5 * t + 4] = step_length
+            if growth > 0.0:
+                sample[5 * t + 4] = step_length + growth * (expand(x) - 0.5).norm()
+        if t == 0:
+            counter[0] = ti.min(n, n_live)
+
+
+@ti.kernel
+def update_density_grid(first: ti.i32, decay: ti.f32, counter: i32buf, live_counter: i32buf, live_cell: i32buf,
+                        sample: f32buf, cell_sigma: f32buf, density_grid: f32buf):
     """What the grid holds is sigma dt, the share of light that one training step through the cell takes (while it is
     small): the largest seen there, slowly forgotten. grid = max(decay grid, sigma dt); at first, sigma dt.
 
-    sample        [n, 5]         in      from place_cell_samples: [4] = dt
+    counter       [4]            in      from place_cell_samples, as are the next three: [0] = n, the samples
+    live_counter  [4]            in      n is no larger than [0], so that no cell comes twice and each has one writer
+    live_cell     [grid_size^3]  in
+    sample        [n, 5]         in      [4] = dt
     cell_sigma    [n]            in      at these points
-    density_grid  [grid_size^3]  in-out  cells that are -1 stay so
-    thread        one per cell of the walk; n <= grid_size^3, so that no cell comes twice and each has one writer
+    density_grid  [grid_size^3]  in-out
+    thread        one per sample
     """
-    for t in range(n):
-        cell = scattered_cell(first + t, grid_size)
+    for t in range(counter[0]):
+        cell = live_cell[(first + t) % live_counter[0]]
         density = cell_sigma[t] * sample[5 * t + 4]
         if density_grid[cell] >= UNKNOWN:
             density_grid[cell] = density
-        elif density_grid[cell] >= 0.0:
+        else:
             density_grid[cell] = ti.max(decay * density_grid[cell], density)
 
 

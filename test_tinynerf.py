@@ -563,29 +563,37 @@ def test_unused_outlines(monkeypatch):
 
 @pytest.mark.parametrize("growth", [0.0, 0.05])
 def test_cell_samples_and_density_grid(rng, growth):
-    """The walk over the cells forgets some, its samples lie elsewhere or are of another length, or densities go to
+    """The walk over the live cells forgets some, its samples lie elsewhere or are of another length, or densities go to
     other cells."""
-    grid, n = 16, 1500
-    old = uniform(rng, grid**3, low=0, high=2)
-    old[rng.random(grid**3) < 0.2] = -1
-    old[rng.random(grid**3) < 0.2] = k.UNKNOWN
-    density_grid, want, walked = buf(old), old.copy(), []
-    for first in (0, n, 2 * n):
-        n_cells = min(n, grid**3 - first)
+    grid, size = 16, 16**3
+    old = uniform(rng, size, low=0, high=2)
+    old[rng.random(size) < 0.2] = -1
+    old[rng.random(size) < 0.2] = k.UNKNOWN
+    density_grid, want, n_live = buf(old), old.copy(), (old >= 0).sum()
+    span, start = buf(np.full((size // 32, 2), 9)), buf(np.full(4, 9))
+    live_counter, live_cell = count(0), buf(np.full(size, -9))
+    k.count_live_cells(grid, density_grid, span)
+    tinynerf.scan(size // 32, 32, size, span, start, live_counter)
+    k.list_live_cells(grid, density_grid, span, live_cell)
+    live, rest = np.split(live_cell.to_numpy(), [n_live])
+    assert live_counter.to_numpy()[0] == n_live and (rest == -9).all()
+    assert np.array_equal(np.sort(live), np.flatnonzero(old >= 0))
+    jumps = np.diff(live // 32)[np.diff(live // 32) != 0]
+    assert len(jumps) < size // 32 and np.abs(jumps).mean() > size // 32 / 5
+    for first, n in ((0, 1500), (1500, 1500), (3000, 1500), (7, size)):
+        n_cells = min(n, n_live)
         sample, counter, sigma = buf(np.full((n, 5), 9.0)), count(0), uniform(rng, n, low=0, high=2)
-        k.place_cell_samples(n_cells, first, grid, 0.125, growth, 3, first, sample, counter)
-        k.update_density_grid(n_cells, first, grid, 0.75, sample, buf(sigma), density_grid)
-        got = sample.to_numpy().reshape(n, 5)[:n_cells].astype(np.float64)
-        assert counter.to_numpy()[0] == n_cells and (got[:, 3] == 0).all()
+        k.place_cell_samples(n, first, grid, 0.125, growth, 3, first, live_counter, live_cell, sample, counter)
+        k.update_density_grid(first, 0.75, counter, live_counter, live_cell, sample, buf(sigma), density_grid)
+        got, rest = np.split(sample.to_numpy().reshape(n, 5).astype(np.float64), [n_cells])
+        assert counter.to_numpy()[0] == n_cells and (got[:, 3] == 0).all() and (rest == 9).all()
         dt = 0.125 + growth * np.linalg.norm(expand_model(got[:, :3]) - 0.5, axis=1)
         assert_close("dt", got[:, 4], dt, 1e-4)      # far out, 2 - |y| rounds
         cell = cell_index(got[:, :3], grid)
-        walked.append(cell)
-        known = np.where(old[cell] == k.UNKNOWN, 0, 0.75 * old[cell])
-        want[cell] = np.where(old[cell] < 0, -1, np.maximum(known, sigma[:n_cells] * dt))
+        assert np.array_equal(cell, live[(first + np.arange(n_cells)) % n_live])
+        want[cell] = np.maximum(np.where(want[cell] == k.UNKNOWN, 0, 0.75 * want[cell]), sigma[:n_cells] * dt)
         inside = got[:, :3] * grid % 1
         assert inside.min() < 0.01 and inside.max() > 0.99 and (np.abs(inside.mean(0) - 0.5) < 0.05).all()
-    assert np.array_equal(np.sort(np.concatenate(walked)), np.arange(grid**3))
     assert_close("density grid", density_grid.to_numpy(), want, 1e-4 if growth else 1e-6)
     assert np.array_equal(density_grid.to_numpy() == -1, old == -1)
 
@@ -1563,6 +1571,7 @@ def test_update_occupancy(rng, coarse, monkeypatch, space, limit):
     grid, n_cells = 16, 700
     m, table, W, _ = small_model(rng, coarse, space, march=n_cells)
     m.density_grid.fill(k.UNKNOWN)
+    tinynerf.list_cells(m)
     tinynerf.update_occupancy(m, n_cells, 300, 5, 8)
     x = m.march_sample.to_numpy().reshape(-1, 5)[:, :3].astype(np.float64)
     cell, want = cell_index(x, grid), np.full(grid**3, k.UNKNOWN)
@@ -4732,6 +4741,7 @@ def golden_scene(rng, m, rate=1e-2):
         known = np.where(rng.random(len(grid)) < 0.04, rng.choice([k.UNKNOWN, -1], len(grid)), known)
         m.density_grid.from_numpy(np.where(grid < 0, grid, known).astype(np.float32))
         m.lit_step.from_numpy(rng.integers(0, 300, len(grid)).astype(np.int32))
+        tinynerf.list_cells(m)
     m.moment.from_numpy(rng.uniform(0, 1e-4, (2 * m.n_rows, F)).astype(np.float32))
     if m.marches:
         tinynerf.pack_occupancy(m, 300, 150)
@@ -4863,8 +4873,11 @@ def golden_grid(rng):
     density = rng.choice([-1, 0, 0.25, 0.5, 0.5001, k.UNKNOWN], 2048)
     k.pack_occupancy(64, 300, 50, buf(density), buf(np.array([0.5])), buf(rng.choice([0, 249, 250, 251, 299], 2048)),
                      buf(np.zeros(129, np.uint32)))
-    k.update_density_grid(2048, 700, 16, 0.75, buf(uniform(rng, 2048, 5, low=0).round(2)),
-                          buf(uniform(rng, 2048, low=0).round(2)), buf(rng.choice([-1, 0, 0.5, 1, k.UNKNOWN], 4096)))
+    k.update_density_grid(700, 0.75, count(2048), count(2100), buf(np.arange(4096)[::-1]),
+                          buf(uniform(rng, 2048, 5, low=0).round(2)), buf(uniform(rng, 2048, low=0).round(2)),
+                          buf(rng.choice([-1, 0, 0.5, 1, k.UNKNOWN], 4096)))
+    k.place_cell_samples(64, 700, 16, 0.125, 0.0, 3, 5, count(40), buf(np.arange(4096)[::-1]), buf(np.zeros((64, 5))),
+                         count(0))
     opacity = np.zeros((6, 6, 6))
     opacity[1:-1, 1:-1, 1:-1] = rng.choice([0, 0.2, 0.499, 0.5, 0.501, 0.9, 1.0], (4, 4, 4))
     mesh_of(opacity)
@@ -5423,7 +5436,8 @@ def golden_files(golden_sets):
 
 # Of these there is a single thread, or they fill whole workgroups always
 WHOLE = {"find_threshold": 1, "scan_blocks": 1, "pack_blocks": 128, "pack_occupancy": 128, "mark_visible_cells": 4096,
-         "carve_cells": 4096, "load_weights": 1792, "load_layer": 25536, "blend_codes": 5}
+         "carve_cells": 4096, "count_live_cells": 128, "list_live_cells": 128, "load_weights": 1792, "load_layer": 25536,
+         "blend_codes": 5}
 
 
 def test_golden_models(golden_sets):
@@ -5578,7 +5592,10 @@ PORT_BUGS = {
     "outlines of cells' middles": ("carve_cells", "carve_cells", "depth * x - room", "depth * x"),
     "what is black is not there": ("carve_cells", "carve_cells", "] >> 24", "] & ti.u32(255)"),
     "unknown cells decay": ("update_density_grid", "update_density_grid", "density_grid[cell] >= UNKNOWN", "False"),
-    "cells given up come back": ("update_density_grid", "update_density_grid", "density_grid[cell] >= 0.0", "True"),
+    "cells given up are listed": ("list_live_cells", "list_live_cells", "density_grid[cell] >= 0.0", "True"),
+    "cells that nobody looked at are not": ("count_live_cells", "count_live_cells", ">= 0.0", "< UNKNOWN"),
+    "cells come twice": ("place_cell_samples", "place_cell_samples", "ti.min(n, n_live)", "n"),
+    "the walk ends": ("update_density_grid", "update_density_grid", "(first + t) % live_counter[0]", "first + t"),
     "unknown cells count": ("sum_density_grid", "sum_density_grid", "density_grid[cell] < UNKNOWN",
                             "density_grid[cell]"),
     "no limit": ("find_threshold", "find_threshold", "ti.min(limit, 0.95 * total / ti.max(number, 1.0))",

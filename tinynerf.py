@@ -586,6 +586,10 @@ class Model:
         self.lit_step = self.new(i32, cells)                     # the last step in which light reached the cell
         self.block_density = self.new(f32, 2 * -(-cells // 1024))
         self.threshold = self.new(f32, 1)
+        self.brick_span = self.new(i32, cells // 16)             # first live cell, number of live cells
+        self.brick_start = self.new(i32, -(-cells // 1024))
+        self.live_counter = self.new(i32, 4)
+        self.live_cell = self.new(i32, cells)                    # numbers of cells that were not given up
         self.cell_counter = self.new(i32, 4)
         self.bad_step = self.new(i32, 1)                         # see k.loss_and_gradient
 
@@ -753,18 +757,27 @@ def start_occupancy(m, views, view_bound):
     k.mark_visible_cells(grid, space.unbounded, views.n, space.near, views.camera, view_bound, m.density_grid)
     if views.outlined and not m.space.unbounded and not m.moves:
         k.carve_cells(grid, views.n, views.size, views.camera, views.pixels, m.density_grid)
+    list_cells(m)
     pack_occupancy(m, 0, k.END)
 
 
+def list_cells(m):
+    """The cells that updates of the occupancy grid look at: all that were not given up."""
+    grid, n_bricks = m.settings["grid"], m.settings["grid"] ** 3 // 32
+    k.count_live_cells(grid, m.density_grid, m.brick_span)
+    scan(n_bricks, 32, grid**3, m.brick_span, m.brick_start, m.live_counter)
+    k.list_live_cells(grid, m.density_grid, m.brick_span, m.live_cell)
+
+
 def update_occupancy(m, n_cells, first, seed, step):
-    """Look at n_cells cells of the occupancy grid anew, from the `first` of the scattered walk on."""
-    grid = m.settings["grid"]
-    k.place_cell_samples(n_cells, first, grid, *step_size(m, m.settings["train_steps"]), seed, step, m.march_sample,
-                         m.cell_counter)
+    """Look at n_cells live cells of the occupancy grid anew, from the `first` of the walk over them on."""
+    k.place_cell_samples(n_cells, first, m.settings["grid"], *step_size(m, m.settings["train_steps"]), seed, step,
+                         m.live_counter, m.live_cell, m.march_sample, m.cell_counter)
     if m.moves:
         warp_cells(m, n_cells, seed, step)
     probe(m, m.cell_counter)
-    k.update_density_grid(n_cells, first, grid, m.decay or DECAY, m.march_sample, m.march_sigma, m.density_grid)
+    k.update_density_grid(first, m.decay or DECAY, m.cell_counter, m.live_counter, m.live_cell, m.march_sample,
+                          m.march_sigma, m.density_grid)
     pack_occupancy(m, step, DARK_AFTER)
 
 
@@ -1464,6 +1477,8 @@ def train(m, views, seed, steps=None, seconds=None, report=lambda **line: None, 
         for name in m.KEPT:
             getattr(m, name).from_numpy(resume[1][name])
         load_weights(m)
+        if m.marches:
+            list_cells(m)
     m.bad_step.fill(k.NEVER)
     ti.sync()
     compile_seconds = time.perf_counter() - start
@@ -1481,7 +1496,7 @@ def train(m, views, seed, steps=None, seconds=None, report=lambda **line: None, 
         if m.marches and now.step % min(refresh, 1 + now.step // 64) == 0:   # more often while the field takes shape
             n_cells = min(batch, grid**3)
             update_occupancy(m, n_cells, now.cell, seed, now.step)
-            now.cell = (now.cell + n_cells) % grid**3
+            now.cell = (now.cell + n_cells) % 2**30
         now.progress = now.step / steps if steps is not None else (time.perf_counter() - start) / seconds
         if now.step % (read_every or READ_EVERY) == 0 or now.step in (1, 2, 4, 8) or now.progress >= 1.0:
             totals = read_totals(m)                              # waits for the device
