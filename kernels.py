@@ -16,7 +16,8 @@ Rules that hold for the whole file:
   5. A buffer entry has one writer per launch, except where the docstring has an 'atomic' line.
   6. The scene's box is the unit cube: positions are in [0, 1]^3, and lengths and 1/sigma are in units of its side. An
      unbounded scene is all of space, bent into the cube by `contract`; its lengths are those before bending.
-  7. Indices are i32: n_levels * samples, the pixels of all views, 4 * slots of the table and 8 * rays stay below 2^31.
+  7. Indices are i32: n_levels * samples, the pixels of all views, 4 * slots of the table, 8 * rays and `first` + n stay
+     below 2^31.
   8. It reads as Python: x & 1 == 1 is (x & 1) == 1, and a <= x < b both. Literals are f32; // and % meet no negative
      numbers. Where i32 and f32 meet, the i32 is converted first; / is always f32. Compilers may contract products and
      sums, and reorder sums. u32 is modulo 2^32; counter[2] and counter[3], which wrap around, too.
@@ -25,8 +26,8 @@ Nothing here uses autodiff, 64-bit or 16-bit types, shared memory, subgroups, re
 
 Index letters: r ray, v view, i sample, k step or sample along a ray, l level, j input and o output of a layer,
 c component, t thread (and distance along a ray, where there is one), b block.
-Counts made on the device stay there: a buffer `counter` [4] i32, one for the samples that are marched, one for those
-that are kept, holds
+Counts made on the device stay there: a buffer `counter` [4] i32, one each for the samples that are marched, for those
+that are kept, for the live cells of the occupancy grid and for what an update of the grid looks at, holds
     [0] n_samples, the samples in the buffers now, at most their capacity     [1] rays that got their samples
     running totals: [2] rays dropped because no room was left (scan_blocks)   [3] samples
 "thread one per sample" means counter[0] threads: elsewhere, launch `capacity` threads and return where i >= counter[0].
@@ -332,6 +333,8 @@ def contract_samples(counter: i32buf, sample: f32buf):
 #     words [n, n + n / 64)     one word per block: not 0 if any of its cells is occupied
 #     the n words after these   bit c of word w: is cell 32 w + c dark? It is occupied, but the light of no training ray
 #                               has reached it for long: rays end there, since most of what is occupied is hidden
+# density_grid is -1 in cells that are given up before training, for good: no view sees them, or three see that they are
+# empty. All others are live.
 
 @ti.func
 def cell_of(x, resolution):
@@ -502,12 +505,12 @@ def carve_cells(grid_size: ti.i32, n_views: ti.i32, size: i32buf, camera: f32buf
 
 @ti.kernel
 def count_live_cells(grid_size: ti.i32, density_grid: f32buf, brick_span: i32buf):
-    """How many cells of each brick are live, that is, were not given up; bricks in scattered order. The scan of
-    marching makes spans of these numbers.
+    """How many cells of each brick are live (density_grid >= 0). The scan of marching makes spans of these numbers,
+    with bricks for rays and cells for samples.
 
     density_grid  [grid_size^3]           in
-    brick_span    [grid_size^3 / 32, 2]   out   [1] = number of live cells
-    thread        one per brick
+    brick_span    [grid_size^3 / 32, 2]   out   [1] = number of live cells; row t is of brick scattered_brick(t)
+    thread        one per row
     """
     for t in range(grid_size * grid_size * grid_size // 32):
         count = 0
@@ -519,14 +522,15 @@ def count_live_cells(grid_size: ti.i32, density_grid: f32buf, brick_span: i32buf
 
 @ti.kernel
 def list_live_cells(grid_size: ti.i32, density_grid: f32buf, brick_span: i32buf, live_cell: i32buf):
-    """The live cells, in the order in which updates of the grid walk over them, again and again: bricks scattered, so
-    that every part of the scene is looked at soon, and cells of a brick in a row, since neighbours share hash-table
-    slots.
+    """The live cells, in the order in which updates of the grid look at them, round after round: bricks scattered, so
+    that every part of the scene is looked at soon, and cells of a brick in a row, in the order of their numbers, since
+    neighbours share hash-table slots.
 
     density_grid  [grid_size^3]           in
-    brick_span    [grid_size^3 / 32, 2]   in    from claim_spans
+    brick_span    [grid_size^3 / 32, 2]   in    rows as in count_live_cells; [0] = where in live_cell the brick begins,
+                                                from claim_spans
     live_cell     [grid_size^3]           out   numbers of cells, as many as are live
-    thread        one per brick
+    thread        one per row of brick_span
     """
     for t in range(grid_size * grid_size * grid_size // 32):
         at = brick_span[2 * t]
@@ -541,13 +545,17 @@ def list_live_cells(grid_size: ti.i32, density_grid: f32buf, brick_span: i32buf,
 def place_cell_samples(n: ti.i32, first: ti.i32, grid_size: ti.i32, step_length: ti.f32, growth: ti.f32, seed: ti.i32,
                        step: ti.i32, live_counter: i32buf, live_cell: i32buf, sample: f32buf, counter: i32buf):
     """A random point in each of n live cells, or of all if there are fewer, as samples for hash_encode_forward and
-    probe_density.
+    probe_density. Sample t is of cell live_cell[(first + t) % live_counter[0]], first >= 0; where none is live there
+    are no samples, and nothing is divided by 0:
 
-    live_counter  [4]            in    [0] = number of live cells
-    live_cell     [grid_size^3]  in    from list_live_cells; the walk goes on with the (first % live_counter[0])-th
-    sample        [n, 5]         out   position in the cube, 0, and the dt that a ray from the middle would have there
-    counter       [4]            out   [0] = number of samples; a buffer of its own, not the march's
-    thread        one per cell
+        position_c = (corner_c + random_f32(seed, STREAM_CELL + c, step, t)) / grid_size
+        dt         = step_length + growth |expand(position) - 1/2|, the step of a ray from the middle
+
+    live_counter  [4]             in    [0] = number of live cells
+    live_cell     [grid_size^3]   in    from list_live_cells
+    sample        [n_samples, 5]  out   position, 0, dt
+    counter       [4]             out   [0] = n_samples = min(n, live_counter[0]); a buffer of its own
+    thread        n >= 1; one per sample, and the first writes n_samples, also if there are none
     """
     for t in range(n):
         n_live = live_counter[0]
@@ -568,14 +576,15 @@ def place_cell_samples(n: ti.i32, first: ti.i32, grid_size: ti.i32, step_length:
 def update_density_grid(first: ti.i32, decay: ti.f32, counter: i32buf, live_counter: i32buf, live_cell: i32buf,
                         sample: f32buf, cell_sigma: f32buf, density_grid: f32buf):
     """What the grid holds is sigma dt, the share of light that one training step through the cell takes (while it is
-    small): the largest seen there, slowly forgotten. grid = max(decay grid, sigma dt); at first, sigma dt.
+    small): the largest seen there, which counts `decay` as much each time the cell is looked at again.
+    grid = max(decay grid, sigma dt); sigma dt where grid is UNKNOWN.
 
-    counter       [4]            in      from place_cell_samples, as are the next three: [0] = n, the samples
-    live_counter  [4]            in      n is no larger than [0], so that no cell comes twice and each has one writer
-    live_cell     [grid_size^3]  in
-    sample        [n, 5]         in      [4] = dt
-    cell_sigma    [n]            in      at these points
-    density_grid  [grid_size^3]  in-out
+    counter       [4]             in      from place_cell_samples, of the same `first`; n_samples is at most
+                                          live_counter[0], so that no cell comes twice and each has one writer
+    live_counter, live_cell       in      as in place_cell_samples
+    sample        [n_samples, 5]  in      from there: [4] = dt
+    cell_sigma    [n_samples]     in      at these points
+    density_grid  [grid_size^3]   in-out
     thread        one per sample
     """
     for t in range(counter[0]):

@@ -1571,7 +1571,7 @@ def test_update_occupancy(rng, coarse, monkeypatch, space, limit):
     grid, n_cells = 16, 700
     m, table, W, _ = small_model(rng, coarse, space, march=n_cells)
     m.density_grid.fill(k.UNKNOWN)
-    tinynerf.list_cells(m)
+    tinynerf.list_live(m)
     tinynerf.update_occupancy(m, n_cells, 300, 5, 8)
     x = m.march_sample.to_numpy().reshape(-1, 5)[:, :3].astype(np.float64)
     cell, want = cell_index(x, grid), np.full(grid**3, k.UNKNOWN)
@@ -4199,6 +4199,19 @@ def test_disk_trouble(tiny, monkeypatch, capsys, trouble):
         assert checkpoint(tiny / "run")[0]["state"]["step"] == 4
 
 
+def test_last_cell():
+    """A long run counts cells beyond what its checkpoints may hold."""
+    m, states = tinynerf.Model(TINY, BOX, n_levels=3), []
+    views, n_cells = tinynerf.upload_views(m, sphere_views(2)), min(TINY["batch"], TINY["grid"]**3)
+    tinynerf.train(m, views, 0, 2, keep=states.append)
+    arrays = {name: getattr(m, name).to_numpy() for name in m.KEPT}
+    state = dict(states[-1], cell=tinynerf.LAST_CELL - 1, progress=0.5)
+    tinynerf.train(m, views, 0, 4, keep=states.append, resume=(state, arrays))
+    assert states[-1]["cell"] == 2 * n_cells - 1
+    for state in (state, *states):
+        tinynerf.believe(state, tinynerf.CHECKPOINT_INFO["state"])
+
+
 def test_resume_mistakes(tiny, mistake):
     """--resume takes what it cannot go on with, or options that it does not heed."""
     for option in (["--steps", 5], ["--seconds", 5], ["--out", "x"], ["--seed", 0], ["--downscale", 1],
@@ -4741,7 +4754,7 @@ def golden_scene(rng, m, rate=1e-2):
         known = np.where(rng.random(len(grid)) < 0.04, rng.choice([k.UNKNOWN, -1], len(grid)), known)
         m.density_grid.from_numpy(np.where(grid < 0, grid, known).astype(np.float32))
         m.lit_step.from_numpy(rng.integers(0, 300, len(grid)).astype(np.int32))
-        tinynerf.list_cells(m)
+        tinynerf.list_live(m)
     m.moment.from_numpy(rng.uniform(0, 1e-4, (2 * m.n_rows, F)).astype(np.float32))
     if m.marches:
         tinynerf.pack_occupancy(m, 300, 150)

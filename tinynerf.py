@@ -67,7 +67,7 @@ LEARNING_RATE, FINAL_RATE = 2e-2, 6e-3     # decays exponentially from the one t
 BETA_1, BETA_2, EPSILON = 0.9, 0.95, 1e-15
 EMPTY_ALPHA = 0.01              # a cell whose steps are less opaque than this counts as empty
 DARK_AFTER = 256                # rays end in cells that no light has reached for so many steps
-DECAY = 0.2                     # of a cell's density, each time it is looked at: every few hundred steps
+DECAY = 0.2                     # of a cell's density, each time it is looked at: after some hundred steps, or less
 MIN_LIGHT = 0.15                # samples that add less light than this per side of the box are left out
 PLACE = 0.5                     # captures: radius of the ball that is not bent, in median distances of the cameras
 NEAR = 0.1                      # captures: distance of the nearest sample in such radii
@@ -80,6 +80,7 @@ FINE_AT = 0.5                   # nerfies: the share of the training after which
 HOST_MB = 400                   # what Taichi, its compiler and pictures take besides buffers
 MESH_LENGTH = 0.01              # a mesh is where half of the light would be gone after so many sides of its cube
 SPECK = 0.01                    # parts of a mesh that have less than this share of the largest part's triangles go
+LAST_CELL = 2**27               # after so many cells that updates of the occupancy grid looked at, their count is 0
 READ_EVERY = 16                 # steps between two looks of the host at the counters
 CHECKPOINT_SECONDS = 30         # between two checkpoints
 WATCH_SECONDS = 5               # between two pictures of train --watch
@@ -89,9 +90,9 @@ REPEATS = 31                    # of a step, for bench
 # probe; rays: most rays in flight; coarsest, finest: cells per side of the first and the last level of the hash grid
 # (no finer than the pixels); table: slots per level; grid: occupancy cells per side; train_steps, render_steps: samples
 # along the box's diagonal (training jitters them, so that coarse steps find thin parts in the mean; a picture needs
-# finer ones); refresh: steps between two updates of the occupancy grid, `batch` cells each; block: rays per thread of
-# the scan; chunk: samples per partial weight gradient; hash_chunk: samples per writer of the hash gradient, all of them
-# for plain adds. A training run lasts so many seconds or steps, and its video has so many frames.
+# finer ones); refresh: steps between two updates of the occupancy grid, `batch` live cells each; block: rays per thread
+# of the scan; chunk: samples per partial weight gradient; hash_chunk: samples per writer of the hash gradient, all of
+# them for plain adds. A training run lasts so many seconds or steps, and its video has so many frames.
 MACHINES = {
     "cpu": dict(march=2**16, batch=2**15, rays=2**15, coarsest=16, finest=512, table=2**17, grid=128, train_steps=256,
                 render_steps=512, refresh=8, block=16, chunk=128, hash_chunk=2**16, seconds=90, frames=48),
@@ -501,7 +502,7 @@ class Model:
 
     name, marches = "ngp", True                      # see MODELS; whether an occupancy grid says where samples may be,
     endless = True                                   # and whether they may be anywhere in space
-    KEPT = ("params", "occupancy", "moment", "density_grid", "lit_step")     # buffers that outlive a step,
+    KEPT = ("params", "occupancy", "moment", "density_grid", "lit_step")     # what later steps depend on,
     DRAWN = ("params", "occupancy")                                          # and those that a picture needs
     nets, more_mlps = (), {}                         # deep networks, see SampledModel; MLPs of the family's models
     coded, code_sets, moves = ("color",), 1, False   # MLPs that get photographs' codes, how many each; see Nerfies
@@ -582,14 +583,14 @@ class Model:
         self.grad_color_hidden = self.new(k.row64, 2 * n)
         self.grad_color_raw = self.new(k.row16, n)
         self.grad_rgb_sigma = self.new(f32, 4 * n)
-        self.density_grid = self.new(f32, cells)                 # -1 where nothing is, see start_occupancy
+        self.density_grid = self.new(f32, cells)                 # -1 in cells that are given up
         self.lit_step = self.new(i32, cells)                     # the last step in which light reached the cell
         self.block_density = self.new(f32, 2 * -(-cells // 1024))
         self.threshold = self.new(f32, 1)
         self.brick_span = self.new(i32, cells // 16)             # first live cell, number of live cells
-        self.brick_start = self.new(i32, -(-cells // 1024))
+        self.brick_start = self.new(i32, -(-cells // 1024))      # of the scan's blocks of 32 bricks
         self.live_counter = self.new(i32, 4)
-        self.live_cell = self.new(i32, cells)                    # numbers of cells that were not given up
+        self.live_cell = self.new(i32, cells)                    # numbers of the cells that are not given up
         self.cell_counter = self.new(i32, 4)
         self.bad_step = self.new(i32, 1)                         # see k.loss_and_gradient
 
@@ -757,12 +758,12 @@ def start_occupancy(m, views, view_bound):
     k.mark_visible_cells(grid, space.unbounded, views.n, space.near, views.camera, view_bound, m.density_grid)
     if views.outlined and not m.space.unbounded and not m.moves:
         k.carve_cells(grid, views.n, views.size, views.camera, views.pixels, m.density_grid)
-    list_cells(m)
+    list_live(m)
     pack_occupancy(m, 0, k.END)
 
 
-def list_cells(m):
-    """The cells that updates of the occupancy grid look at: all that were not given up."""
+def list_live(m):
+    """The live cells, which are what updates of the occupancy grid look at."""
     grid, n_bricks = m.settings["grid"], m.settings["grid"] ** 3 // 32
     k.count_live_cells(grid, m.density_grid, m.brick_span)
     scan(n_bricks, 32, grid**3, m.brick_span, m.brick_start, m.live_counter)
@@ -770,7 +771,8 @@ def list_cells(m):
 
 
 def update_occupancy(m, n_cells, first, seed, step):
-    """Look at n_cells live cells of the occupancy grid anew, from the `first` of the walk over them on."""
+    """Look at n_cells live cells of the occupancy grid anew, or at all if there are fewer. first: the sum of n_cells of
+    all updates before, or as much less as LAST_CELL says."""
     k.place_cell_samples(n_cells, first, m.settings["grid"], *step_size(m, m.settings["train_steps"]), seed, step,
                          m.live_counter, m.live_cell, m.march_sample, m.cell_counter)
     if m.moves:
@@ -1456,7 +1458,8 @@ def train(m, views, seed, steps=None, seconds=None, report=lambda **line: None, 
             samples_per_second, n_rays
     keep    called then with the state of this loop, a dict of numbers, while the clock stands still: together with the
             model's buffers in KEPT it is all that the steps to come depend on. Training ends early if it returns True.
-            Other buffers, save those of the views, may be used meanwhile: see glance()
+            Other buffers may be used meanwhile, save those of the views and the list of live cells, which resuming
+            makes anew: see glance()
     resume  (state, arrays) that were kept, to go on from there
     Returns the totals: steps, complete, train_seconds, compile_seconds, samples, rays, rays_dropped.
     The clock starts when every kernel has been launched once on nothing.
@@ -1478,7 +1481,7 @@ def train(m, views, seed, steps=None, seconds=None, report=lambda **line: None, 
             getattr(m, name).from_numpy(resume[1][name])
         load_weights(m)
         if m.marches:
-            list_cells(m)
+            list_live(m)
     m.bad_step.fill(k.NEVER)
     ti.sync()
     compile_seconds = time.perf_counter() - start
@@ -1496,7 +1499,7 @@ def train(m, views, seed, steps=None, seconds=None, report=lambda **line: None, 
         if m.marches and now.step % min(refresh, 1 + now.step // 64) == 0:   # more often while the field takes shape
             n_cells = min(batch, grid**3)
             update_occupancy(m, n_cells, now.cell, seed, now.step)
-            now.cell = (now.cell + n_cells) % 2**30
+            now.cell = (now.cell + n_cells) % LAST_CELL
         now.progress = now.step / steps if steps is not None else (time.perf_counter() - start) / seconds
         if now.step % (read_every or READ_EVERY) == 0 or now.step in (1, 2, 4, 8) or now.progress >= 1.0:
             totals = read_totals(m)                              # waits for the device
@@ -1658,7 +1661,7 @@ MODEL_INFO = dict(
 CHECKPOINT_INFO = dict(
     MODEL_INFO, seed=(-2**31, 2**31 - 1), views=(0, 2**32), arch={"cpu", "cuda", "vulkan", "metal"}, target=(1e-9, 1e9),
     unit={"steps", "seconds"}, state=dict(
-        step=(1, 10**9), progress=(0.0, 1e9), seconds=(0.0, 1e9), cell=(0, 2**27), n_rays=(1, 2**31 - 1),
+        step=(1, 10**9), progress=(0.0, 1e9), seconds=(0.0, 1e9), cell=(0, LAST_CELL - 1), n_rays=(1, 2**31 - 1),
         samples=(0, 2**62), rays=(0, 2**62), rays_dropped=(0, 2**62)))
 
 
@@ -2864,9 +2867,11 @@ EXPORT_NOTES = dict(
     launches="By function of tinynerf.py: [kernel, argument, ...] in order, a number or a name each: of a buffer, or "
              "of what the caller gives: pixels, size and camera of the views to train on, view_bound [n_views, 4], "
              "n_rays, n_cells, seed, turn, first_view, first, limit. turn, first_view = rays of all steps before // "
-             "n_views and % n_views. carve_cells is for pinhole cameras whose alpha is 0 where nothing is. `step` is 0 "
-             "here, and adam_step's learning_rate that of step 0 at a rate of 1: see adam(). load_weights comes "
-             "first; a picture is start_tile and then march, forward, until march finds nothing: see render_view().",
+             "n_views and % n_views. update_occupancy comes after start_occupancy, its `first` is the sum of n_cells "
+             "of all updates before, modulo 2^27. carve_cells is for pinhole cameras whose alpha is 0 where nothing "
+             "is. `step` is 0 here, and adam_step's learning_rate that of step 0 at a rate of 1: see adam(). "
+             "load_weights comes first; a picture is start_tile and then march, forward, until march finds nothing: "
+             "see render_view().",
     tasks="What Taichi makes of a kernel: SPIR-V 1.3 in kernels/, entry point main, to be dispatched one after the "
           "other with a barrier between; bindings are of descriptor set 0. The first of two is one thread that "
           "computes the loop's bounds into `temporaries`, a storage buffer for the second (Taichi gives it 1 MB; it "
