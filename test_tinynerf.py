@@ -563,8 +563,8 @@ def test_unused_outlines(monkeypatch):
 
 @pytest.mark.parametrize("growth", [0.0, 0.05])
 def test_cell_samples_and_density_grid(rng, growth):
-    """The walk over the live cells forgets some, its samples lie elsewhere or are of another length, or densities go to
-    other cells."""
+    """The list of live cells lacks some, or is in no scattered order; samples lie elsewhere or are of another length;
+    or densities go to other cells."""
     grid, size = 16, 16**3
     old = uniform(rng, size, low=0, high=2)
     old[rng.random(size) < 0.2] = -1
@@ -5608,7 +5608,7 @@ PORT_BUGS = {
     "cells given up are listed": ("list_live_cells", "list_live_cells", "density_grid[cell] >= 0.0", "True"),
     "cells that nobody looked at are not": ("count_live_cells", "count_live_cells", ">= 0.0", "< UNKNOWN"),
     "cells come twice": ("place_cell_samples", "place_cell_samples", "ti.min(n, n_live)", "n"),
-    "the walk ends": ("update_density_grid", "update_density_grid", "(first + t) % live_counter[0]", "first + t"),
+    "one round is all": ("update_density_grid", "update_density_grid", "(first + t) % live_counter[0]", "first + t"),
     "unknown cells count": ("sum_density_grid", "sum_density_grid", "density_grid[cell] < UNKNOWN",
                             "density_grid[cell]"),
     "no limit": ("find_threshold", "find_threshold", "ti.min(limit, 0.95 * total / ti.max(number, 1.0))",

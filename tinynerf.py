@@ -80,7 +80,7 @@ FINE_AT = 0.5                   # nerfies: the share of the training after which
 HOST_MB = 400                   # what Taichi, its compiler and pictures take besides buffers
 MESH_LENGTH = 0.01              # a mesh is where half of the light would be gone after so many sides of its cube
 SPECK = 0.01                    # parts of a mesh that have less than this share of the largest part's triangles go
-LAST_CELL = 2**27               # after so many cells that updates of the occupancy grid looked at, their count is 0
+LAST_CELL = 2**27               # the count of cells that updates of the occupancy grid looked at is modulo this
 READ_EVERY = 16                 # steps between two looks of the host at the counters
 CHECKPOINT_SECONDS = 30         # between two checkpoints
 WATCH_SECONDS = 5               # between two pictures of train --watch
@@ -590,7 +590,7 @@ class Model:
         self.brick_span = self.new(i32, cells // 16)             # first live cell, number of live cells
         self.brick_start = self.new(i32, -(-cells // 1024))      # of the scan's blocks of 32 bricks
         self.live_counter = self.new(i32, 4)
-        self.live_cell = self.new(i32, cells)                    # numbers of the cells that are not given up
+        self.live_cell = self.new(i32, cells)                    # numbers of the cells that were not given up
         self.cell_counter = self.new(i32, 4)
         self.bad_step = self.new(i32, 1)                         # see k.loss_and_gradient
 
@@ -772,7 +772,7 @@ def list_live(m):
 
 def update_occupancy(m, n_cells, first, seed, step):
     """Look at n_cells live cells of the occupancy grid anew, or at all if there are fewer. first: the sum of n_cells of
-    all updates before, or as much less as LAST_CELL says."""
+    all updates before, modulo LAST_CELL."""
     k.place_cell_samples(n_cells, first, m.settings["grid"], *step_size(m, m.settings["train_steps"]), seed, step,
                          m.live_counter, m.live_cell, m.march_sample, m.cell_counter)
     if m.moves:
@@ -2868,8 +2868,8 @@ EXPORT_NOTES = dict(
              "of what the caller gives: pixels, size and camera of the views to train on, view_bound [n_views, 4], "
              "n_rays, n_cells, seed, turn, first_view, first, limit. turn, first_view = rays of all steps before // "
              "n_views and % n_views. update_occupancy comes after start_occupancy, its `first` is the sum of n_cells "
-             "of all updates before, modulo 2^27. carve_cells is for pinhole cameras whose alpha is 0 where nothing "
-             "is. `step` is 0 here, and adam_step's learning_rate that of step 0 at a rate of 1: see adam(). "
+             f"of all updates before, modulo {LAST_CELL}. carve_cells is for pinhole cameras whose alpha is 0 where "
+             "nothing is. `step` is 0 here, and adam_step's learning_rate that of step 0 at a rate of 1: see adam(). "
              "load_weights comes first; a picture is start_tile and then march, forward, until march finds nothing: "
              "see render_view().",
     tasks="What Taichi makes of a kernel: SPIR-V 1.3 in kernels/, entry point main, to be dispatched one after the "
