@@ -63,11 +63,13 @@ VERSION = "0.1"
 N_CODE = 8                      # numbers learned for each photograph of a capture
 N_LEVELS = 6                    # of the hash grid
 TABLE_BOUND = 1e-4              # initial table entries: U(+-1e-4)
-LEARNING_RATE, FINAL_RATE = 2e-2, 6e-3     # decays exponentially from the one to the other
-BETA_1, BETA_2, EPSILON = 0.9, 0.95, 1e-15
+LEARNING_RATE, FINAL_RATE = 3e-2, 9e-3     # of the hash table: decays exponentially from the one to the other,
+COOL_DOWN = 0.1                 # and to nothing over this last share of the training, so that noise settles
+MLP_RATE = 0.5                  # what the MLPs and the codes learn at, in shares of it
+BETA_1, BETA_2, EPSILON = 0.8, 0.95, 1e-15
 EMPTY_ALPHA = 0.01              # a cell whose steps are less opaque than this counts as empty
 DARK_AFTER = 256                # rays end in cells that no light has reached for so many steps
-DECAY = 0.2                     # of a cell's density, each time it is looked at: after some hundred steps, or less
+DECAY = 0.974                   # of a cell's density from one update of the occupancy grid to the next
 MIN_LIGHT = 0.15                # samples that add less light than this per side of the box are left out
 PLACE = 0.5                     # captures: radius of the ball that is not bent, in median distances of the cameras
 NEAR = 0.1                      # captures: distance of the nearest sample in such radii
@@ -75,7 +77,7 @@ GROWTH = 4.0                    # unbounded scenes: steps grow by GROWTH / (step
 DISTORTION = 0.03               # unbounded scenes: strength of the distortion loss
 TRANSIENT = 0.1                 # nerfw: strength of the loss that keeps the transient part thin
 ELASTIC, STATIC = 1e-3, 1.0     # nerfies: strengths of the losses of what stretches, and of static points that move
-WARP_RATE = 0.1                 # nerfies: what the warp's MLP and the codes learn at, in shares of the rate
+WARP_RATE = 0.07                # nerfies: the same of the warp's MLP and the codes
 FINE_AT = 0.5                   # nerfies: the share of the training after which the warp gets all frequencies
 HOST_MB = 400                   # what Taichi, its compiler and pictures take besides buffers
 MESH_LENGTH = 0.01              # a mesh is where half of the light would be gone after so many sides of its cube
@@ -94,7 +96,7 @@ REPEATS = 31                    # of a step, for bench
 # of the scan; chunk: samples per partial weight gradient; hash_chunk: samples per writer of the hash gradient, all of
 # them for plain adds. A training run lasts so many seconds or steps, and its video has so many frames.
 MACHINES = {
-    "cpu": dict(march=2**16, batch=2**15, rays=2**15, coarsest=16, finest=512, table=2**17, grid=128, train_steps=256,
+    "cpu": dict(march=2**16, batch=2**15, rays=2**15, coarsest=24, finest=384, table=2**18, grid=128, train_steps=256,
                 render_steps=512, refresh=8, block=16, chunk=128, hash_chunk=2**16, seconds=90, frames=48),
     "gpu": dict(march=2**19, batch=2**18, rays=2**18, coarsest=16, finest=2048, table=2**19, grid=128, train_steps=1024,
                 render_steps=1024, refresh=2, block=128, chunk=512, hash_chunk=1, steps=10000, frames=96),
@@ -527,6 +529,7 @@ class Model:
         self.n_codes = n_code * (n_photos + 1)                   # numbers; one code more: the neutral one
         self.n_rows = (self.first_code + self.code_sets * self.n_codes) // k.N_FEATURES
         self.pitch = self.n_weights + 16                         # of a row of `partial`
+        self.rate_shares = (self.n_slots, 0, 1.0), (self.n_rows - self.n_slots, self.n_slots, MLP_RATE)
 
         f32, i32, u32 = ti.f32, ti.i32, ti.u32
         self.buffers = []
@@ -995,7 +998,7 @@ class WildModel(Model):
 
 class Nerfies(Model):
     """Park et al. 2021: ngp in a canonical scene, and a warp from each photograph's moment to there."""
-    name, moves, slices, decay = "nerfies", True, False, 0.6     # a cell is empty only if it is at all times
+    name, moves, slices, decay = "nerfies", True, False, 0.992     # a cell is empty only if it is at all times
     more_mlps, coded = {"warp_net": (2 * k.OUTPUT, 3, 6)}, ("warp_net",)
     KEPT, DRAWN = (*Model.KEPT, "time", "window"), (*Model.DRAWN, "time", "window")
 
@@ -1004,8 +1007,8 @@ class Nerfies(Model):
         n, f32, i32 = settings["march"], ti.f32, ti.i32
         self.n_weights = k.WIDTH * sum(count_rows(net.n_in, net.n_hidden, net.n_out) for net in (
             self.density, self.color))                           # of the field; the others have their own sums
-        first = self.warp_net.first // k.N_FEATURES
-        self.rate_shares = (first, 0, 1.0), (self.n_rows - first, first, WARP_RATE)
+        slots, warp = self.n_slots, self.warp_net.first // k.N_FEATURES
+        self.rate_shares = (slots, 0, 1.0), (warp - slots, slots, MLP_RATE), (self.n_rows - warp, warp, WARP_RATE)
         self.time, self.window = self.new(f32, max(n_photos, 1)), self.new(f32, 1)
         self.march_warp_input, self.march_seen = self.new(k.row64, n), self.new(f32, 5 * n)
         self.warp_hidden, self.warp_raw = self.new(k.row64, 3 * n), self.new(k.row16, n)
@@ -1492,6 +1495,7 @@ def train(m, views, seed, steps=None, seconds=None, report=lambda **line: None, 
         start_occupancy(m, views, view_bound)
     while now.progress < 1.0 and not stop:
         rate, m.progress = first_rate * (last_rate / first_rate) ** now.progress, now.progress
+        rate *= min(1.0, (1.0 - now.progress) / COOL_DOWN)
         turn, first_view = divmod(now.rays + now.rays_dropped + rays_since, views.n)
         m.next_view = turn % 2**31, first_view
         take_step(m, now.n_rays, views, seed, now.step, rate)
