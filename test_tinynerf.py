@@ -5533,7 +5533,11 @@ def test_golden_training(golden_files):
     assert_close("losses", losses, arrays["training/losses"][:2], 1e-6 if ON_CPU else 1e-4)
     cells = arrays["training/cells"].reshape(-1, 2)
     assert np.array_equal(cells[:3], [[1, 0], [2, 1024], [3, 2048]]) and len(cells) > 50
-    assert len(arrays["training/rates"]) == len(arrays["training/n_rays"]) == training["steps"]
+    assert len(arrays["training/n_rays"]) == training["steps"] == 100
+    done = np.arange(100) / 100                      # from 1e-2 to 1e-3, the last tenth to nothing; and Adam's corrections
+    rates = 1e-2 * 0.1**done * np.minimum(1, 10 * (1 - done))
+    rates *= np.sqrt(1 - 0.99 ** (100 * done + 1)) / (1 - 0.9 ** (100 * done + 1))
+    assert_close("rates", arrays["training/rates"], rates, 1e-6)
 
 
 def changed_kernel(folder, kernel, name, old, new):

@@ -96,14 +96,14 @@ REPEATS = 31                    # of a step, for bench
 # of the scan; chunk: samples per partial weight gradient; hash_chunk: samples per writer of the hash gradient, all of
 # them for plain adds. A training run lasts so many seconds or steps, and its video has so many frames.
 MACHINES = {
-    "cpu": dict(march=2**16, batch=2**15, rays=2**15, coarsest=24, finest=384, table=2**18, grid=128, train_steps=256,
+    "cpu": dict(march=2**16, batch=2**15, rays=2**15, coarsest=24, finest=384, table=2**18, grid=128, train_steps=320,
                 render_steps=512, refresh=8, block=16, chunk=128, hash_chunk=2**16, seconds=90, frames=48),
     "gpu": dict(march=2**19, batch=2**18, rays=2**18, coarsest=16, finest=2048, table=2**19, grid=128, train_steps=1024,
                 render_steps=1024, refresh=2, block=128, chunk=512, hash_chunk=1, steps=10000, frames=96),
 }
 
 # What differs where space is unbounded: rays see much more of it, and less sharply.
-UNBOUNDED = {"cpu": dict(render_steps=256), "gpu": {}}
+UNBOUNDED = {"cpu": dict(train_steps=256, render_steps=256), "gpu": {}}
 
 # The MLPs: inputs, hidden layers, outputs. Their weights follow the hash table in `params`, one MLP after the other.
 MLPS = {"density": (N_LEVELS * k.N_FEATURES, 1, k.OUTPUT), "color": (2 * k.OUTPUT, 2, 3)}
