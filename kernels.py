@@ -576,8 +576,9 @@ def place_cell_samples(n: ti.i32, first: ti.i32, grid_size: ti.i32, step_length:
 def update_density_grid(first: ti.i32, decay: ti.f32, counter: i32buf, live_counter: i32buf, live_cell: i32buf,
                         sample: f32buf, cell_sigma: f32buf, density_grid: f32buf):
     """What the grid holds is sigma dt, the share of light that one training step through the cell takes (while it is
-    small): the largest seen there, which counts `decay` as much after each update, and an update comes to a cell once
-    in n_live / n_samples. grid = max(decay^(n_live / n_samples) grid, sigma dt); sigma dt where grid is UNKNOWN.
+    small): the largest seen there, which counts `decay` as much after each update of the grid. A cell's turn comes
+    every n_live / n_samples updates: grid = max(decay^(n_live / n_samples) grid, sigma dt), or sigma dt where grid is
+    UNKNOWN.
 
     counter       [4]             in      [0] = n_samples, from place_cell_samples, of the same `first`; at most
                                           n_live = live_counter[0]: no cell comes twice, and each has one writer
