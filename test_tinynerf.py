@@ -4464,6 +4464,7 @@ def test_commands(tmp_path, monkeypatch, capsys, recwarn):
     """train, render, eval and bench do not work together, or leave less than they promise."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(tinynerf, "MACHINES", {"cpu": TINY, "gpu": TINY})
+    monkeypatch.setattr(tinynerf, "UNBOUNDED", {"cpu": {}, "gpu": {}})
     fitted = tinynerf.evaluate_fitted                # with its 50 steps a view it takes long in software
     monkeypatch.setattr(tinynerf, "evaluate_fitted", lambda m, views: fitted(m, views, 2, 64))
     monkeypatch.setattr(tinynerf, "REPEATS", 3)
@@ -5534,7 +5535,7 @@ def test_golden_training(golden_files):
     cells = arrays["training/cells"].reshape(-1, 2)
     assert np.array_equal(cells[:3], [[1, 0], [2, 1024], [3, 2048]]) and len(cells) > 50
     assert len(arrays["training/n_rays"]) == training["steps"] == 100
-    done = np.arange(100) / 100                      # from 1e-2 to 1e-3, the last tenth to nothing; and Adam's corrections
+    done = np.arange(100) / 100                      # from 1e-2 to 1e-3, the last tenth to nothing; Adam's corrections
     rates = 1e-2 * 0.1**done * np.minimum(1, 10 * (1 - done))
     rates *= np.sqrt(1 - 0.99 ** (100 * done + 1)) / (1 - 0.9 ** (100 * done + 1))
     assert_close("rates", arrays["training/rates"], rates, 1e-6)

@@ -2810,7 +2810,7 @@ def command_bench(args):
     seconds = {name: float(np.median(times)) for name, times in seconds.items()}
 
     floors, work = measure_floors(m), (step_work if m.marches else sampled_work)(m, rays, marched, kept)
-    work = {name: amount for name, amount in work.items() if seconds[name]}  # some have nothing to do in some scenes
+    work = {name: amount for name, amount in work.items() if seconds[name] and amount[1]}  # some have no work
     first, second = ("marched", "kept") if m.marches else ("coarse", "fine")
     print(f"{arch} ({device}), {args.scene} after {line['step']} steps: {rays} rays, {marched} samples {first}, "
           f"{kept} {second}\nfloors, by NumPy on the CPU: product {floors['product'] / 1e9:.0f} GFLOP/s, copy "
