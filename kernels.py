@@ -938,6 +938,17 @@ def corner_weight(fraction, corner):
     return w
 
 
+@ti.func
+def encode_level(l, i, level: ti.template(), sample: ti.template(), table: ti.template(), feature: ti.template()):
+    """One level of the grid, interpolated at sample i: see hash_encode_forward."""
+    cell, fraction = locate(i, sample, level[4 * l])
+    total = rowF(0.0)
+    for corner in ti.static(range(8)):
+        total += corner_weight(fraction, corner) * table[corner_slot(l, level, cell, corner)]
+    for c in ti.static(range(N_FEATURES)):
+        feature[i][N_FEATURES * l + c] = total[c]
+
+
 @ti.kernel
 def hash_encode_forward(n_levels: ti.i32, counter: i32buf, level: i32buf, sample: f32buf, table: rowsF,
                         feature: rows64):
@@ -954,14 +965,7 @@ def hash_encode_forward(n_levels: ti.i32, counter: i32buf, level: i32buf, sample
     thread   one per (level, sample), level by level: one level's slots stay in the cache
     """
     for t in range(n_levels * counter[0]):
-        l = t // counter[0]
-        i = t % counter[0]
-        cell, fraction = locate(i, sample, level[4 * l])
-        total = rowF(0.0)
-        for corner in ti.static(range(8)):
-            total += corner_weight(fraction, corner) * table[corner_slot(l, level, cell, corner)]
-        for c in ti.static(range(N_FEATURES)):
-            feature[i][N_FEATURES * l + c] = total[c]
+        encode_level(t // counter[0], t % counter[0], level, sample, table, feature)
 
 
 @ti.kernel
@@ -1002,7 +1006,7 @@ def hash_encode_backward(n_levels: ti.i32, n_chunks: ti.i32, chunk: ti.i32, coun
 # layers in one thread: what a layer has written is still in the cache when the next one reads it. In `params` an MLP is
 # a list of rows of 64: n_rows = n_in + 64 (n_hidden - 1) rows of the hidden layers' W, one layer below the other, then
 # the n_out rows of the output layer's W^T. Before use they are copied into wider rows:
-#     weight      [n_rows] rows of 64               W of the hidden layers
+#     weight      [n_rows + n_out] rows of 64       W of the hidden layers, and W^T of the output layer, as in `params`
 #     weight_out  [64] rows of 16                   W of the output layer
 #     weight_t    [64 n_hidden + 16] rows of 64     W^T of all layers
 # hidden [n_hidden, capacity] rows of 64 is what the ReLUs put out, layer by layer. grad_hidden means "before the ReLU":
@@ -1022,8 +1026,8 @@ def load_weights(n_in: ti.i32, n_hidden: ti.i32, n_out: ti.i32, first: ti.i32, p
     for t in range((n_rows + n_out) * WIDTH):
         w = params[(first + t) // N_FEATURES][(first + t) % N_FEATURES]
         row, column = t // WIDTH, t % WIDTH
+        weight[row][column] = w
         if row < n_rows:
-            weight[row][column] = w
             if row < n_in:
                 weight_t[column][row] = w
             else:
@@ -1155,88 +1159,117 @@ def sum_partials(n_weights: ti.i32, chunk: ti.i32, pitch: ti.i32, first: ti.i32,
 # copied together, and only they take part in what follows, forward and backward. (instant-ngp compacts its samples too
 # before each training step.)
 
-@ti.kernel
-def probe_density(n_in: ti.i32, counter: i32buf, x: rows64, weight: rows64, weight_t: rows64, sigma: f32buf):
+@ti.func
+def density_at(i, n_in, x: ti.template(), weight: ti.template()):
     """What mlp_forward and density_head_forward make of an MLP with one hidden layer, of the first output alone and
-    without storing what is between: sigma[i] = exp(min(relu(x[i] W) . w, RAW_SIGMA_MAX)), w the first row of W_out^T.
+    without storing what is between: exp(min(relu(x[i] W) . w, RAW_SIGMA_MAX)), w the first row of W_out^T."""
+    hidden = ti.max(row_times_matrix(x, i, n_in, weight, 0, row64(0.0)), 0.0)
+    return ti.exp(ti.min(hidden.dot(weight[n_in]), RAW_SIGMA_MAX))
 
-    counter   [4]                     in
-    x         [n_samples] rows of 64  in    the first n_in entries
-    weight, weight_t                  in    from load_weights
-    sigma     [n_samples]             out
-    thread    one per sample
+
+@ti.kernel
+def probe_density(n_in: ti.i32, counter: i32buf, x: rows64, weight: rows64, sigma: f32buf):
+    """sigma[i] = density_at(i), of points that belong to no ray.
+
+    counter  [4]                    in
+    x        [n_samples] rows of 64 in    from hash_encode_forward, the first n_in entries
+    weight                          in    from load_weights
+    sigma    [n_samples]            out   density, per side of the cube
+    thread   one per sample
     """
     for i in range(counter[0]):
-        hidden = ti.max(row_times_matrix(x, i, n_in, weight, 0, row64(0.0)), 0.0)
-        sigma[i] = ti.exp(ti.min(hidden.dot(weight_t[WIDTH]), RAW_SIGMA_MAX))
+        sigma[i] = density_at(i, n_in, x, weight)
 
 
 @ti.kernel
-def mark_visible_samples(n_rays: ti.i32, min_weight: ti.f32, march_span: i32buf, march_sample: f32buf,
-                         march_sigma: f32buf, pixel: f32buf, keep: i32buf, ray_span: i32buf):
-    """Which samples add light to their pixel: those whose weight T_k alpha_k (see composite_forward) is at least
-    min_weight, in front of the early stop. The others dim nothing, so that T is what composite_forward will find.
+def probe_rays(n_rays: ti.i32, n_levels: ti.i32, n_in: ti.i32, min_weight: ti.f32, march_span: i32buf, level: i32buf,
+               march_sample: f32buf, params: rowsF, weight: rows64, pixel: f32buf, march_feature: rows64,
+               march_sigma: f32buf):
+    """hash_encode_forward and probe_density, sample by sample along each ray, until its light is used up: more than
+    half of what is marched lies behind that and is not asked for.
 
-    march_span    [n_rays, 2]     in    first sample, number of samples, of those marched
-    march_sample  [n_marched, 5]  in    [4] = dt
-    march_sigma   [n_marched]     in
-    pixel         [n_rays, 4]     in    [3] = T, what earlier waves let through
-    keep          [n_marched]     out   1 if the sample is kept
-    ray_span      [n_rays, 2]     out   [1] = number of samples that are kept
-    thread        one per ray
+    Kept are samples that add light to their pixel, whose weight T_k alpha_k (see composite_forward) is at least
+    min_weight. The others dim nothing, so that T is what composite_forward will find.
+
+    march_span     [n_rays, 2]             in      first sample, number of samples, of those marched
+    level          [n_levels, 4]           in      see hash_encode_forward
+    march_sample   [n_marched, 5]          in      position, in the cube; [4] = dt
+    params         [n_rows] rows of F      in      the table comes first
+    weight                                 in      from load_weights
+    pixel          [n_rays, 4]             in      [3] = T, what earlier waves let through
+    march_feature  [n_marched] rows of 64  in-out  the F n_levels first entries are written, where T >= T_STOP; an MLP
+                                                   with more inputs finds them behind these
+    march_sigma    [n_marched]             out     density of the samples that are kept; 0: not kept; -1: not asked for
+    thread         one per ray
     """
     for r in range(n_rays):
         T = pixel[4 * r + 3]
+        first = march_span[2 * r]
+        for i in range(first, first + march_span[2 * r + 1]):
+            march_sigma[i] = -1.0
+            if T >= T_STOP:
+                for l in range(n_levels):
+                    encode_level(l, i, level, march_sample, params, march_feature)
+                sigma = density_at(i, n_in, march_feature, weight)
+                alpha = 1.0 - ti.exp(-sigma * march_sample[5 * i + 4])
+                march_sigma[i] = 0.0
+                if T * alpha >= min_weight:
+                    march_sigma[i] = sigma
+                    T *= 1.0 - alpha
+
+
+@ti.kernel
+def count_visible_samples(n_rays: ti.i32, march_span: i32buf, march_sigma: f32buf, ray_span: i32buf):
+    """How many samples of each ray are kept.
+
+    march_span   [n_rays, 2]  in
+    march_sigma  [n_marched]  in    from probe_rays
+    ray_span     [n_rays, 2]  out   [1] = number of samples that are kept
+    thread       one per ray
+    """
+    for r in range(n_rays):
         count = 0
         first = march_span[2 * r]
         for i in range(first, first + march_span[2 * r + 1]):
-            alpha = 1.0 - ti.exp(-march_sigma[i] * march_sample[5 * i + 4])
-            keep[i] = 0
-            if T >= T_STOP and T * alpha >= min_weight:
-                keep[i] = 1
+            if march_sigma[i] > 0.0:
                 count += 1
-                T *= 1.0 - alpha
         ray_span[2 * r + 1] = count
 
 
 @ti.kernel
 def mark_lit_cells(n_rays: ti.i32, grid_size: ti.i32, step: ti.i32, march_span: i32buf, march_sample: f32buf,
-                   march_sigma: f32buf, keep: i32buf, lit_step: i32buf):
+                   march_sigma: f32buf, lit_step: i32buf):
     """Remember the cells that the light of this training step has reached: those of all samples in front of the early
     stop, of the one that stops it, too.
 
     march_span    [n_rays, 2]    in
     march_sample  [n_marched, 5] in      contracted
-    march_sigma   [n_marched]    in
-    keep          [n_marched]    in      from mark_visible_samples: only samples that are kept dim
+    march_sigma   [n_marched]    in      from probe_rays: not negative where light came
     lit_step      [grid_size^3]  in-out  the last step in which light reached the cell
     thread        one per ray
     atomic        none: an entry may have several writers, but they all write `step`
     """
     for r in range(n_rays):
-        T = 1.0
         first = march_span[2 * r]
         for i in range(first, first + march_span[2 * r + 1]):
-            if T < T_STOP:
+            if march_sigma[i] < 0.0:
                 break
             cell = ti.Vector([0, 0, 0])
             for c in ti.static(range(3)):
                 cell[c] = cell_of(march_sample[5 * i + c] * grid_size, grid_size)
             lit_step[cell_number(cell[0], cell[1], cell[2], grid_size)] = step
-            if keep[i] == 1:
-                T *= ti.exp(-march_sigma[i] * march_sample[5 * i + 4])
 
 
 @ti.kernel
-def keep_visible_samples(n_rays: ti.i32, march_span: i32buf, march_sample: f32buf, march_feature: rows64, keep: i32buf,
-                         ray_span: i32buf, sample: f32buf, feature: rows64, sample_ray: i32buf):
+def keep_visible_samples(n_rays: ti.i32, march_span: i32buf, march_sample: f32buf, march_feature: rows64,
+                         march_sigma: f32buf, ray_span: i32buf, sample: f32buf, feature: rows64, sample_ray: i32buf):
     """Copy the samples that are kept, with their features, into buffers without gaps, in ray order. These are as large
     as those of the march: no ray's samples can be left without room.
 
     march_span     [n_rays, 2]             in
     march_sample   [n_marched, 5]          in
     march_feature  [n_marched] rows of 64  in
-    keep           [n_marched]             in
+    march_sigma    [n_marched]             in    from probe_rays: positive where the sample is kept
     ray_span       [n_rays, 2]             in    from claim_spans
     sample         [n_samples, 5]          out   position, t, dt
     feature        [n_samples] rows of 64  out
@@ -1247,7 +1280,7 @@ def keep_visible_samples(n_rays: ti.i32, march_span: i32buf, march_sample: f32bu
         i = ray_span[2 * r]
         first = march_span[2 * r]
         for j in range(first, first + march_span[2 * r + 1]):
-            if keep[j] == 1:
+            if march_sigma[j] > 0.0:
                 for c in ti.static(range(5)):
                     sample[5 * i + c] = march_sample[5 * j + c]
                 feature[i] = march_feature[j]

@@ -988,13 +988,14 @@ def test_mlp(rng, n_in, n_hidden, n_out):
     flat = np.concatenate([w.ravel() for w in W])
     params = uniform(rng, F * ((first + flat.size) // F + 2))
     params[first:first + flat.size] = flat
-    weight, weight_t = rows(np.full((n_in + 64 * (n_hidden - 1), 64), 9.0)), rows(np.zeros((64 * n_hidden + 16, 64)))
+    weight = rows(np.full((n_in + 64 * (n_hidden - 1) + n_out, 64), 9.0))
+    weight_t = rows(np.zeros((64 * n_hidden + 16, 64)))
     weight_out, want_t, want_out = rows(np.zeros((64, 16)), 16), np.zeros(weight_t.shape + (64,)), np.zeros((64, 16))
     k.load_weights(n_in, n_hidden, n_out, first, rowsF(params), weight, weight_t, weight_out)
     for l, w in enumerate(W[:-1]):
         want_t[64 * l:64 * l + 64, :len(w)] = w.T
     want_t[64 * n_hidden:64 * n_hidden + n_out], want_out[:, :n_out] = W[-1], W[-1].T
-    for got, want in ((weight, np.vstack(W[:-1])), (weight_t, want_t), (weight_out, want_out)):
+    for got, want in ((weight, np.vstack(W)), (weight_t, want_t), (weight_out, want_out)):
         assert np.array_equal(got.to_numpy(), want)
 
     h = mlp_model(x, W)
@@ -1049,50 +1050,65 @@ def test_probe_density(rng, n_in):
     n, W = 307, some_weights(rng, n_in, 1, 16)
     W[1][0] *= 8
     x, sigma = uniform(rng, n, n_in), buf(np.full(n + 9, 9.0))
-    weight, weight_t = rows(W[0]), rows(np.vstack([np.pad(W[0].T, ((0, 0), (0, 64 - n_in))), W[1]]))
-    k.probe_density(n_in, count(n), rows(x, rest=9.0), weight, weight_t, sigma)
+    k.probe_density(n_in, count(n), rows(x, rest=9.0), rows(np.vstack(W)), sigma)
     got, want = sigma.to_numpy(), sigma_model(mlp_model(x, W)[-1][:, 0])
     assert_close("probe_density", np.log(got[:n]), np.log(want), 1e-5)
     assert (got[n:] == 9).all() and (want == math.exp(k.RAW_SIGMA_MAX)).sum() > 10 and (want < 1e-4).any()
 
 
 def visible_model(span, dt, sigma, light, min_weight, t_stop=k.T_STOP):
-    """Which of the marched samples [n] are kept, for the light [n_rays] that earlier waves have let through."""
-    keep = np.zeros(len(dt), bool)
+    """Which of the marched samples [n] are kept, and which the probe asks for, for the light [n_rays] that earlier
+    waves have let through."""
+    keep, asked = np.zeros((2, len(dt)), bool)
     for (first, n), T in zip(span, light):
         for i in range(first, first + n):
             alpha = 1.0 - np.exp(-sigma[i] * dt[i])
-            keep[i] = T >= t_stop and T * alpha >= min_weight
+            asked[i] = T >= t_stop
+            keep[i] = asked[i] and T * alpha >= min_weight
             T *= 1.0 - alpha * keep[i]
-    return keep
+    return keep, asked
 
 
-@pytest.mark.parametrize("min_weight", [0.0, 0.01])
-def test_visible_samples(rng, min_weight):
-    """A sample that adds light is lost, one that adds none is kept, or what is kept is mixed up."""
-    n_rays, n_dropped, block = 203, 35, 16
+@pytest.mark.parametrize("min_weight, more", [(0.0, 0), (0.01, 7)])
+def test_visible_samples(rng, coarse, min_weight, more):
+    """A sample that adds light is lost, one that adds none is kept, or what is kept is mixed up; or the probe goes on
+    behind the early stop."""
+    n_rays, n_dropped, block, n_in = 203, 35, 16, 3 * F + more
     length = rng.choice([0, 1, 2, 7, 20, 40], n_rays)
     length[-n_dropped:] = 0
     span, n = np.stack([np.cumsum(length) - length, length], 1), length.sum()
     span[-n_dropped:, 0] = -1
-    sample, feature = uniform(rng, n, 5), uniform(rng, n, 64)
-    sample[:, 4] = uniform(rng, n, low=0.02, high=0.2)
-    sigma = uniform(rng, n, low=0, high=1) * np.repeat(rng.choice([0, 1, 4, 64], n_rays), length)
+    sample, feature = uniform(rng, n, 5, low=0, high=1), uniform(rng, n, 64)
+    sample[:, 4] = uniform(rng, n, low=0.02, high=0.2) * np.repeat(rng.choice([2**-6, 1, 8], n_rays), length)
+    table, W = uniform(rng, coarse[:, 2].sum(), F), some_weights(rng, n_in, 1, 16)
+    W[1][0] = 2 * W[1][0]
+    probed = feature.copy()
+    probed[:, :3 * F] = hash_encode_model(coarse, table, sample[:, :3])
+    sigma = sigma_model(mlp_model(probed[:, :n_in], W)[-1][:, 0])
     pixel = uniform(rng, n_rays, 4, low=0, high=1)
     pixel[::2, 3], pixel[5::20, 3], pixel[6::20, 3] = 1, 0.9 * k.T_STOP, 1.2 * k.T_STOP
-    want = visible_model(span, sample[:, 4], sigma, pixel[:, 3], min_weight)
+    want, asked = visible_model(span, sample[:, 4], sigma, pixel[:, 3], min_weight)
     for scale in (0.9999, 1.0001):                   # none is within rounding of a limit
         for t_stop in (0.9999 * k.T_STOP, 1.0001 * k.T_STOP):
             again = visible_model(span, sample[:, 4], sigma, pixel[:, 3], scale * min_weight, t_stop)
-            assert np.array_equal(again, want)
-    assert want.sum() > 200 and (~want).sum() > 200
+            assert np.array_equal(again, (want, asked))
+    print(f"{n} samples, {asked.sum()} asked for, {want.sum()} kept")
+    assert want.sum() > 200 and (~asked).sum() > 200 and (min_weight == 0 or (asked & ~want).sum() > 200)
 
     block_start = buf(np.full(-(-n_rays // block), 9))
     march_span, march_sample, ray_span = buf(span), buf(sample), buf(np.full(2 * n_rays, 9))
-    keep, counter = buf(np.full(n + 9, 9)), buf(np.array([9, 9, 3, 4]))
-    k.mark_visible_samples(n_rays, min_weight, march_span, march_sample, buf(sigma), buf(pixel), keep, ray_span)
+    march_feature, march_sigma = rows(feature, rest=9.0), buf(np.full(n + 9, 9.0))
+    counter = buf(np.array([9, 9, 3, 4]))
+    k.probe_rays(n_rays, 3, n_in, min_weight, march_span, buf(coarse), march_sample, rowsF(table), rows(np.vstack(W)),
+                 buf(pixel), march_feature, march_sigma)
+    got = march_sigma.to_numpy()
+    assert np.array_equal(np.sign(got), np.append(np.where(asked, want, -1), np.ones(9))) and (got[n:] == 9).all()
+    assert_close("probe_rays", np.log(got[:n][want]), np.log(sigma[want]), 1e-5)
+    got = march_feature.to_numpy()[:n]
+    assert_close("  features", got[asked], probed[asked], 1e-5)
+    assert np.array_equal(got[~asked], feature[~asked].astype("f4"))
+    k.count_visible_samples(n_rays, march_span, march_sigma, ray_span)
     tinynerf.scan(n_rays, block, n, ray_span, block_start, counter)
-    assert np.array_equal(keep.to_numpy(), np.append(want, 9 * np.ones(9)))
     kept, owner = want.sum(), np.repeat(np.arange(n_rays), length)[want]
     counts = np.bincount(owner, minlength=n_rays)
     assert np.array_equal(ray_span.to_numpy().reshape(-1, 2), np.stack([np.cumsum(counts) - counts, counts], 1))
@@ -1100,8 +1116,8 @@ def test_visible_samples(rng, min_weight):
 
     kept_sample, kept_feature = buf(np.full((n + 9, 5), 9.0)), rows(np.full((n + 9, 64), 9.0))
     sample_ray = buf(np.full(n + 9, 9))
-    k.keep_visible_samples(n_rays, march_span, march_sample, rows(feature), keep, ray_span, kept_sample, kept_feature,
-                           sample_ray)
+    k.keep_visible_samples(n_rays, march_span, march_sample, rows(feature), march_sigma, ray_span, kept_sample,
+                           kept_feature, sample_ray)
     for got, wanted in ((kept_sample, sample[want]), (kept_feature, feature[want]), (sample_ray, owner)):
         got = got.to_numpy().reshape((n + 9,) + wanted.shape[1:])
         assert np.array_equal(got[:kept], wanted) and (got[kept:] == 9).all()
@@ -1114,17 +1130,17 @@ def sigmoid(x):
 
 
 def test_mark_lit_cells(rng):
-    """Cells are lit behind the early stop, or not in front of it, or samples that are left out dim."""
+    """Cells are lit behind the early stop, or not in front of it."""
     span, sample, rgb_sigma = some_samples(rng)
     sample[:, :3] = uniform(rng, len(sample), 3, low=0, high=1)
-    keep, want = rng.random(len(sample)) < 0.6, np.zeros(16**3, int)
+    sigma, want = np.where(rng.random(len(sample)) < 0.6, rgb_sigma[:, 3], 0), np.zeros(16**3, int)
     lit = rng.integers(0, 9, 16**3)
-    depth = np.where(keep, rgb_sigma[:, 3] * sample[:, 4], 0)
     for first, length in span:
-        T = np.exp(-np.cumsum(np.append(0, depth[first:first + length])))[:-1]
-        want[cell_index(sample[first:first + length, :3][T >= k.T_STOP], 16)] = 9
+        asked = rng.integers(0, length + 1)
+        sigma[first + asked:first + length] = -1
+        want[cell_index(sample[first:first + asked, :3], 16)] = 9
     lit_step = buf(lit)
-    k.mark_lit_cells(len(span), 16, 9, buf(span), buf(sample), buf(rgb_sigma[:, 3]), buf(keep.astype(int)), lit_step)
+    k.mark_lit_cells(len(span), 16, 9, buf(span), buf(sample), buf(sigma), lit_step)
     assert np.array_equal(lit_step.to_numpy(), np.maximum(lit, want)) and 0 < (want == 0).sum() < 16**3
 
 
@@ -1619,10 +1635,10 @@ def test_full_gradient(rng, coarse, monkeypatch, space, min_weight):
     dt = math.sqrt(3) / 54 + unbounded * GROWTH / 54 * (marched[:, 3] - ray[owner, 3])
     assert_close("full: dt", marched[:, 4], dt, 1e-6)
     sigma = field_model(coarse, table, W, marched[:, :3], ray[owner, 4:7], codes[code[owner]])[:, 3]
-    keep = visible_model(march_span, marched[:, 4], sigma, np.ones(n_rays), min_weight)
+    keep, _ = visible_model(march_span, marched[:, 4], sigma, np.ones(n_rays), min_weight)
     for scale in (0.9999, 1.0001):                   # no sample is within rounding of a limit
         again = visible_model(march_span, marched[:, 4], sigma, np.ones(n_rays), scale * min_weight, scale * k.T_STOP)
-        assert np.array_equal(keep, again)
+        assert np.array_equal(keep, again[0])
     sample, owner, counts = marched[keep], owner[keep], np.bincount(owner[keep], minlength=n_rays)
     span, n_samples, chunk = np.stack([np.cumsum(counts) - counts, counts], 1), len(sample), m.settings["chunk"]
     assert n_samples % chunk and 3 * chunk < n_samples < n_marched and (counts < march_span[:, 1]).sum() > 2
@@ -2532,7 +2548,8 @@ def test_mlp_tangent(rng):
     n, capacity, n_in, n_hidden, n_out = 100, 128, 20, 3, 6
     W, x, t, g = some_weights(rng, n_in, n_hidden, n_out), *(uniform(rng, n, w) for w in (n_in, n_in, n_out))
     params = np.concatenate([w.ravel() for w in W])
-    weight, weight_t = rows(np.zeros((n_in + 64 * (n_hidden - 1), 64))), rows(np.zeros((64 * n_hidden + 16, 64)))
+    weight = rows(np.zeros((n_in + 64 * (n_hidden - 1) + n_out, 64)))
+    weight_t = rows(np.zeros((64 * n_hidden + 16, 64)))
     weight_out, h = rows(np.zeros((64, 16)), 16), mlp_model(x, W)
     k.load_weights(n_in, n_hidden, n_out, 0, rowsF(params), weight, weight_t, weight_out)
     hidden, tangent_hidden = layers(h[1:-1], capacity), layers(np.full((n_hidden, n, 64), 9.0), capacity)
@@ -4610,7 +4627,7 @@ TOLERANCE = 1e-5
 # logarithm of what is next to 1
 LOOSE = dict(integrated_encode_forward=3e-4, contracted_encode_forward=3e-4, density_softplus_backward=5e-4,
              transient_head_backward=2e-4, composite_both_backward=5e-4, elastic_loss=1e-2)
-ROUNDED = {"mark_visible_cells", "carve_cells", "count_samples", "write_samples", "mark_visible_samples",
+ROUNDED = {"mark_visible_cells", "carve_cells", "count_samples", "write_samples", "probe_rays",
            "mark_lit_cells"}
 
 
@@ -4852,16 +4869,23 @@ def golden_rendering(rng, scene):
     sigma = rng.choice([1e-3, 0.5, 3, 9], total, p=[0.2, 0.6, 0.15, 0.05]) / sample[:, 4]
     rgb_sigma = np.column_stack([uniform(rng, total, 3, low=0), sigma])
     pixel = np.column_stack([uniform(rng, n, 3, low=0), rng.choice([1, 0.3, 5e-4], n, p=[0.7, 0.2, 0.1])])
-    keep, counter = rng.integers(0, 2, total), count(n)
+    feature, weight, counter = uniform(rng, total, 13), np.zeros((14, k.WIDTH)), count(n)
+    feature[:, 12], weight[12:, :2] = np.log(sigma), (1, -1)                 # what comes out is what goes in
+    layout = tinynerf.level_layout(COARSE, 3)
+    table = uniform(rng, layout[:, 2].sum(), F)
+    marched = buf(np.column_stack([np.clip(sample[:, :3], 0, 1), sample[:, 3:]]))
     span, sample, rgb_sigma, pixel = buf(span), buf(sample), buf(rgb_sigma), buf(pixel)
     grad_pixel, grad_rgb_sigma = buf(uniform(rng, n, 4)), buf(uniform(rng, total, 4))
     scene("extra")
     for min_weight in (1e-4, 0.02):
-        k.mark_visible_samples(n, min_weight, span, sample, buf(sigma), pixel, buf(keep), buf(np.zeros(2 * n, int)))
+        k.probe_rays(n, 3, 13, min_weight, span, buf(layout), marched, rowsF(table), rows(weight), pixel,
+                     rows(feature), buf(np.zeros(total)))
+    k.count_visible_samples(n, span, buf(rng.choice([-1.0, 0.0, 1e-30, 5.0], total)), buf(np.zeros(2 * n, int)))
     sample_in = sample.to_numpy().reshape(-1, 5)
     sample_in[:, :3] += 0.25 / 16 * ((sample_in[:, :3] > 0) & (sample_in[:, :3] < 1))          # off the cells' walls
     sample_in[:, :3][sample_in[:, :3] < 0] = -0.01
-    k.mark_lit_cells(n, 16, 300, span, buf(sample_in), buf(sigma), buf(keep), buf(rng.integers(0, 300, 4096)))
+    k.mark_lit_cells(n, 16, 300, span, buf(sample_in), buf(rng.choice([-1.0, 0.0, 7.0], total)),
+                     buf(rng.integers(0, 300, 4096)))
     k.composite_backward(n, span, sample, rgb_sigma, pixel, grad_pixel, grad_rgb_sigma)
     k.composite_forward(n, span, sample, rgb_sigma, pixel, buf(uniform(rng, n, low=0)))
     k.distortion_forward(n, span, sample, rgb_sigma, buf(np.zeros(3 * n)))
@@ -4907,7 +4931,7 @@ def golden_layers(rng):
     """MLPs on exact sums, with other numbers where a weight or an input does not count; densities beyond
     RAW_SIGMA_MAX."""
     n = 67
-    k.probe_density(12, count(n), eighths(rng, n, most=4), eighths(rng, 12), eighths(rng, 80), buf(np.zeros(n)))
+    k.probe_density(12, count(n), eighths(rng, n, most=4), eighths(rng, 13), buf(np.zeros(n)))
     k.mlp_backward_input(1, 3, n, count(n), eighths(rng, n), eighths(rng, 80), eighths(rng, n, k.OUTPUT),
                          eighths(rng, n), eighths(rng, n))
     k.adam_step(30, 7, 0.1, 0.9, 0.99, 1e-15, eighths(rng, 40, F), eighths(rng, 40, F),
@@ -5636,12 +5660,12 @@ PORT_BUGS = {
     "all of the output": ("mlp_backward_input", "mlp_backward_input", "grad_y, i, n_out,", "grad_y, i, 16,"),
     "past the last chunk": ("mlp_backward_weight", "mlp_backward_weight", "ti.min(begin + chunk, counter[0])",
                             "begin + chunk"),
-    "an unclamped density": ("probe_density", "probe_density", "ti.min(hidden.dot(weight_t[WIDTH]), RAW_SIGMA_MAX)",
-                             "hidden.dot(weight_t[WIDTH])"),
-    "all samples dim": ("mark_visible_samples", "mark_visible_samples", "    T *= 1.0 - alpha", "T *= 1.0 - alpha"),
-    "visible behind the stop": ("mark_visible_samples", "mark_visible_samples", "T >= T_STOP and ", ""),
-    "lit behind the stop": ("mark_lit_cells", "mark_lit_cells", "T < T_STOP", "False"),
-    "all samples take light": ("mark_lit_cells", "mark_lit_cells", "keep[i] == 1", "True"),
+    "an unclamped density": ("probe_density", "density_at", "ti.min(hidden.dot(weight[n_in]), RAW_SIGMA_MAX)",
+                             "hidden.dot(weight[n_in])"),
+    "all samples dim": ("probe_rays", "probe_rays", "    T *= 1.0 - alpha", "T *= 1.0 - alpha"),
+    "asked for behind the stop": ("probe_rays", "probe_rays", "if T >= T_STOP", "if True"),
+    "visible without light": ("count_visible_samples", "count_visible_samples", "> 0.0", ">= 0.0"),
+    "lit behind the stop": ("mark_lit_cells", "mark_lit_cells", "march_sigma[i] < 0.0", "False"),
     "no stop": ("composite_forward", "composite_forward", "T < T_STOP", "False"),
     "no stop on the way back": ("composite_backward", "composite_backward", "T >= T_STOP", "True"),
     "a negative light behind": ("composite_backward", "composite_backward",
@@ -5778,7 +5802,7 @@ def test_port_bugs(golden_sets, capsys, bug):
 @pytest.mark.parametrize("name, old, new, what", [
     ("scan_blocks", "in-out  first sample", "out     first sample", "block_start is out"),
     ("color_head_forward", "out   [0:3]", "in    [0:3]", "rgb_sigma is in"),
-    ("mark_lit_cells", "in      from mark_visible", "all     from mark_visible", "{'keep'}"),
+    ("mark_lit_cells", "in      from probe_rays", "all     from probe_rays", "{'march_sigma'}"),
     ("bound_views", "[n_views, 22]  in", "[n_views, 22]", "{'camera'}"),
     ("loss_and_gradient", "i32 min on bad_step", "i32 min on worst_step", "{'worst_step'}")])
 def test_wrong_docstrings(golden_files, tmp_path, name, old, new, what):

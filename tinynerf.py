@@ -556,8 +556,7 @@ class Model:
         self.march_counter = self.new(i32, 4)                    # see kernels.py
         self.march_sample = self.new(f32, 5 * n)                 # position, t, dt
         self.march_feature = self.new(k.row64, n)                # the first n_levels * N_FEATURES entries
-        self.march_sigma = self.new(f32, n)
-        self.keep = self.new(i32, n)                             # 1 if the sample is kept
+        self.march_sigma = self.new(f32, n)                      # and which are kept: see k.probe_rays
         self.counter = self.new(i32, 4)
         self.sample = self.new(f32, 5 * n)
         self.sample_ray = self.new(i32, n)
@@ -610,7 +609,7 @@ class Model:
         """Sizes and rows of an MLP whose weights are the numbers of `params` from `first` on."""
         self.mlps.append(types.SimpleNamespace(
             n_in=n_in, n_hidden=n_hidden, n_out=n_out, first=first,
-            weight=self.new(k.row64, n_in + k.WIDTH * (n_hidden - 1)),
+            weight=self.new(k.row64, count_rows(n_in, n_hidden, n_out)),
             weight_t=self.new(k.row64, k.WIDTH * n_hidden + k.OUTPUT), weight_out=self.new(k.row16, k.WIDTH)))
         return self.mlps[-1]
 
@@ -663,10 +662,9 @@ def march(m, n_rays, limit, n_steps):
 
 
 def probe(m, counter):
-    """Density of the marched samples, or of the occupancy grid's cells."""
-    net = m.density
+    """Density at points, of the occupancy grid's cells or of a mesh."""
     k.hash_encode_forward(m.n_levels, counter, m.level, m.march_sample, m.params, m.march_feature)
-    k.probe_density(net.n_in, counter, m.march_feature, net.weight, net.weight_t, m.march_sigma)
+    k.probe_density(m.density.n_in, counter, m.march_feature, m.density.weight, m.march_sigma)
 
 
 def forward(m, n_rays, n_steps, first_code):
@@ -675,12 +673,12 @@ def forward(m, n_rays, n_steps, first_code):
     capacity = m.settings["march"]
     if m.moves:
         warp_march(m, n_rays, m.march_span, m.ray_view, first_code, m.march_counter)
-    probe(m, m.march_counter)
-    k.mark_visible_samples(n_rays, MIN_LIGHT * step_size(m, n_steps)[0], m.march_span, m.march_sample, m.march_sigma,
-                           m.pixel, m.keep, m.ray_span)
+    k.probe_rays(n_rays, m.n_levels, m.density.n_in, MIN_LIGHT * step_size(m, n_steps)[0], m.march_span, m.level,
+                 m.march_sample, m.params, m.density.weight, m.pixel, m.march_feature, m.march_sigma)
+    k.count_visible_samples(n_rays, m.march_span, m.march_sigma, m.ray_span)
     scan(n_rays, m.settings["block"], capacity, m.ray_span, m.block_start, m.counter)
-    k.keep_visible_samples(n_rays, m.march_span, m.march_sample, m.march_feature, m.keep, m.ray_span, m.sample,
-                           m.feature, m.sample_ray)
+    k.keep_visible_samples(n_rays, m.march_span, m.march_sample, m.march_feature, m.march_sigma, m.ray_span,
+                           m.sample, m.feature, m.sample_ray)
     shade(m, first_code)
     k.composite_forward(n_rays, m.ray_span, m.sample, m.rgb_sigma, m.pixel, m.depth)
 
@@ -822,7 +820,7 @@ def train_step(m, n_rays, views, seed, step, learning_rate):
     back."""
     pick(m, n_rays, views, seed)
     compare(m, n_rays, views, seed, step, m.first_code)
-    k.mark_lit_cells(n_rays, m.settings["grid"], step, m.march_span, m.march_sample, m.march_sigma, m.keep, m.lit_step)
+    k.mark_lit_cells(n_rays, m.settings["grid"], step, m.march_span, m.march_sample, m.march_sigma, m.lit_step)
     backward(m, n_rays)
     adam(m, step + 1, learning_rate)
 
@@ -1258,7 +1256,7 @@ def wild_step(m, n_rays, views, seed, step, learning_rate):
     """train_step() with the transient part."""
     pick(m, n_rays, views, seed)
     compare(m, n_rays, views, seed, step, m.first_code)
-    k.mark_lit_cells(n_rays, m.settings["grid"], step, m.march_span, m.march_sample, m.march_sigma, m.keep, m.lit_step)
+    k.mark_lit_cells(n_rays, m.settings["grid"], step, m.march_span, m.march_sample, m.march_sigma, m.lit_step)
     transient_forward(m, n_rays)
     compare_pixels(m, n_rays, views, seed, step, m.march_counter)
     k.weigh_by_uncertainty(n_rays, m.march_counter, m.loss, m.beta, m.grad_pixel, m.grad_beta)
@@ -1310,7 +1308,7 @@ def net_backward(m, net, counter, x, products, grad_raw, owner=None, view=None):
 
 def warp_backward(m, n_rays):
     """After backward(): mirror of warp_march() for the samples that were kept."""
-    k.keep_visible_samples(n_rays, m.march_span, m.march_seen, m.march_warp_input, m.keep, m.ray_span, m.seen,
+    k.keep_visible_samples(n_rays, m.march_span, m.march_seen, m.march_warp_input, m.march_sigma, m.ray_span, m.seen,
                            m.warp_input, m.sample_ray)
     if m.slices:
         run_net(m, m.slice_net, m.counter, m.warp_input, m.slice_raw)
@@ -1359,7 +1357,7 @@ def moving_step(m, n_rays, views, seed, step, learning_rate):
     m.window.fill(k.WARP_FREQUENCIES * min(m.progress / FINE_AT, 1.0))
     pick(m, n_rays, views, seed)
     compare(m, n_rays, views, seed, step, m.first_code)
-    k.mark_lit_cells(n_rays, m.settings["grid"], step, m.march_span, m.march_seen, m.march_sigma, m.keep, m.lit_step)
+    k.mark_lit_cells(n_rays, m.settings["grid"], step, m.march_span, m.march_seen, m.march_sigma, m.lit_step)
     backward(m, n_rays)
     warp_backward(m, n_rays)
     if ELASTIC:
@@ -2673,15 +2671,14 @@ def step_work(m, rays, marched, kept):
     flops = [2 * k.WIDTH * count_rows(net.n_in, net.n_hidden, net.n_out) for net in m.mlps]
     forward = sum(flops[:2] if m.moves else flops)
     corners = 8 * m.n_levels * 4 * k.N_FEATURES                                  # bytes of table per sample
+    probed = int((m.march_sigma.to_numpy()[:marched] >= 0).sum())
     work = dict(
         pick_pixels=("copy", 4 * rays), generate_rays=("copy", 60 * rays), count_samples=("copy", 44 * rays),
         sum_counts=("copy", 16 * rays), scan_blocks=("copy", 16 * rays // m.settings["block"]),
         claim_spans=("copy", 24 * rays), write_samples=("copy", 48 * rays + 16 * marched),
-        hash_encode_forward=("gather", corners * marched),
-        probe_density=("product", 2 * k.WIDTH * (m.density.n_in + 1) * marched),
-        mark_visible_samples=("copy", 16 * rays + 24 * marched),
-        mark_lit_cells=("copy", 8 * rays + 28 * kept),
-        keep_visible_samples=("copy", 16 * rays + 20 * marched + (20 + 4 * 2 * k.WIDTH) * kept),
+        probe_rays=("gather", corners * probed), count_visible_samples=("copy", 16 * rays + 4 * marched),
+        mark_lit_cells=("copy", 8 * rays + 20 * probed),
+        keep_visible_samples=("copy", 16 * rays + 4 * marched + (40 + 4 * 2 * k.WIDTH) * kept),
         mlp_forward=("product", forward * kept), density_head_forward=("copy", 68 * kept),
         color_input_forward=("copy", 196 * kept), color_head_forward=("copy", 80 * kept),
         composite_forward=("copy", 80 * rays + 32 * kept), loss_and_gradient=("copy", 48 * rays),
