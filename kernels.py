@@ -940,7 +940,8 @@ def corner_weight(fraction, corner):
 
 @ti.func
 def encode_level(l, i, level: ti.template(), sample: ti.template(), table: ti.template(), feature: ti.template()):
-    """One level of the grid, interpolated at sample i: see hash_encode_forward."""
+    """Level l of the grid (`level`), interpolated at sample i (`sample`) from `table`, into its entries of `feature`:
+    see hash_encode_forward."""
     cell, fraction = locate(i, sample, level[4 * l])
     total = rowF(0.0)
     for corner in ti.static(range(8)):
@@ -1162,7 +1163,8 @@ def sum_partials(n_weights: ti.i32, chunk: ti.i32, pitch: ti.i32, first: ti.i32,
 @ti.func
 def density_at(i, n_in, x: ti.template(), weight: ti.template()):
     """What mlp_forward and density_head_forward make of an MLP with one hidden layer, of the first output alone and
-    without storing what is between: exp(min(relu(x[i] W) . w, RAW_SIGMA_MAX)), w the first row of W_out^T."""
+    without storing what is between: exp(min(relu(x[i] W) . w, RAW_SIGMA_MAX)), where `weight` has the n_in rows of W
+    and then w, the first row of W_out^T."""
     hidden = ti.max(row_times_matrix(x, i, n_in, weight, 0, row64(0.0)), 0.0)
     return ti.exp(ti.min(hidden.dot(weight[n_in]), RAW_SIGMA_MAX))
 
