@@ -1003,10 +1003,10 @@ def hash_encode_backward(n_levels: ti.i32, n_chunks: ti.i32, chunk: ti.i32, coun
 
 
 # ---- MLP: n_hidden hidden layers y = relu(x W), 64 wide, and an output layer y = x W of n_out <= 16 columns; without
-# biases. The density MLP is F n_levels -> 64 -> 16, the color MLP 32 (and a code) -> 64 -> 64 -> 3. A sample passes all
-# layers in one thread: what a layer has written is still in the cache when the next one reads it. In `params` an MLP is
-# a list of rows of 64: n_rows = n_in + 64 (n_hidden - 1) rows of the hidden layers' W, one layer below the other, then
-# the n_out rows of the output layer's W^T. Before use they are copied into wider rows:
+# biases. The density MLP is F n_levels -> 64 -> 16, the color MLP 32 (and a code) -> 64 (-> 64) -> 3. A sample passes
+# all layers in one thread: what a layer has written is still in the cache when the next one reads it. In `params` an
+# MLP is a list of rows of 64: n_rows = n_in + 64 (n_hidden - 1) rows of the hidden layers' W, one layer below the
+# other, then the n_out rows of the output layer's W^T. Before use they are copied into wider rows:
 #     weight      [n_rows + n_out] rows of 64       W of the hidden layers, and W^T of the output layer, as in `params`
 #     weight_out  [64] rows of 16                   W of the output layer
 #     weight_t    [64 n_hidden + 16] rows of 64     W^T of all layers

@@ -47,9 +47,9 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 F = k.N_FEATURES
 
 # A machine small enough for a renderer in software. The chunk is odd, so that batches do not end with one.
-TINY = dict(march=2048, batch=1024, rays=512, coarsest=8, finest=8 * 2 ** (tinynerf.N_LEVELS - 1), table=2**13, grid=32,
-            train_steps=32, render_steps=32, refresh=4, block=16, chunk=100, hash_chunk=2048 if ON_CPU else 1,
-            seconds=1, steps=30, frames=3)
+TINY = dict(march=2048, batch=1024, rays=512, coarsest=8, finest=8 * 2 ** (tinynerf.N_LEVELS - 1), table=2**13,
+            color_layers=2, grid=32, train_steps=32, render_steps=32, refresh=4, block=16, chunk=100,
+            hash_chunk=2048 if ON_CPU else 1, seconds=1, steps=30, frames=3)
 COARSE = dict(coarsest=4, finest=4 * 2 ** (tinynerf.N_LEVELS - 1), table=512)
 
 # Where the unit cube lies, as place_scene says it: around a Blender scene, and around the middle of a capture.
@@ -2851,7 +2851,7 @@ def test_family_commands(tiny, small_family, monkeypatch, capsys, name):
         table = re.findall(r"^\| (\w+) \| ([\d.]+) \|", capsys.readouterr().out, re.M)
         assert {kernel for kernel, _ in table} == launched
     m = steps[-1][0]
-    assert set((tinynerf.step_work if m.marches else tinynerf.sampled_work)(m, 9, 9, 9)) == launched
+    assert set((tinynerf.step_work if m.marches else tinynerf.sampled_work)(m, *(4 if m.marches else 3) * [9])) == launched
 
     info = json.loads(str(run["info"]))
     for model in ("nerf" if name in ("nerfw", "mipnerf360") else "ngp", "another", 3, [], None):
@@ -4554,7 +4554,7 @@ def test_commands(tmp_path, monkeypatch, capsys, recwarn):
             tinynerf.load_weights]
     launched = set(re.findall(r"\bk\.([a-z]\w+)\(", "".join(map(inspect.getsource, step))))
     only_photos = {"contract_samples", "distortion_forward", "distortion_backward", "code_backward"}
-    assert set(tinynerf.step_work(tinynerf.Model(TINY, BOX), 1, 1, 1)) == launched - only_photos
+    assert set(tinynerf.step_work(tinynerf.Model(TINY, BOX), 1, 1, 1, 1)) == launched - only_photos
     assert tinynerf.main(["bench", "photos", "--steps", "2", "--arch", ARCH]) == 0
     table = re.findall(r"^\| (\w+) \| ([\d.]+) \|", capsys.readouterr().out, re.M)
     assert {name for name, _ in table} == launched and only_photos < launched

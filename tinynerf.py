@@ -90,23 +90,27 @@ REPEATS = 31                    # of a step, for bench
 
 # What depends on the machine. march: most samples in flight; batch: samples that a step aims to keep of them, after the
 # probe; rays: most rays in flight; coarsest, finest: cells per side of the first and the last level of the hash grid
-# (no finer than the pixels); table: slots per level; grid: occupancy cells per side; train_steps, render_steps: samples
-# along the box's diagonal (training jitters them, so that coarse steps find thin parts in the mean; a picture needs
-# finer ones); refresh: steps between two updates of the occupancy grid, `batch` live cells each; block: rays per thread
-# of the scan; chunk: samples per partial weight gradient; hash_chunk: samples per writer of the hash gradient, all of
-# them for plain adds. A training run lasts so many seconds or steps, and its video has so many frames.
+# (no finer than the pixels); table: slots per level; color_layers: hidden layers of the color MLP; grid: occupancy
+# cells per side; train_steps, render_steps: samples along the box's diagonal (training jitters them, so that coarse
+# steps find thin parts in the mean; a picture needs finer ones); refresh: steps between two updates of the occupancy
+# grid, `batch` live cells each; block: rays per thread of the scan; chunk: samples per partial weight gradient;
+# hash_chunk: samples per writer of the hash gradient, all of them for plain adds. A training run lasts so many seconds
+# or steps, and its video has so many frames.
 MACHINES = {
-    "cpu": dict(march=2**16, batch=2**15, rays=2**15, coarsest=24, finest=384, table=2**18, grid=128, train_steps=320,
-                render_steps=512, refresh=8, block=16, chunk=128, hash_chunk=2**16, seconds=90, frames=48),
-    "gpu": dict(march=2**19, batch=2**18, rays=2**18, coarsest=16, finest=2048, table=2**19, grid=128, train_steps=1024,
-                render_steps=1024, refresh=2, block=128, chunk=512, hash_chunk=1, steps=10000, frames=96),
+    "cpu": dict(march=2**16, batch=2**15, rays=2**15, coarsest=24, finest=384, table=2**18, color_layers=1, grid=128,
+                train_steps=320, render_steps=512, refresh=8, block=16, chunk=128, hash_chunk=2**16, seconds=90,
+                frames=48),
+    "gpu": dict(march=2**19, batch=2**18, rays=2**18, coarsest=16, finest=2048, table=2**19, color_layers=2, grid=128,
+                train_steps=1024, render_steps=1024, refresh=2, block=128, chunk=512, hash_chunk=1, steps=10000,
+                frames=96),
 }
 
-# What differs where space is unbounded: rays see much more of it, and less sharply.
-UNBOUNDED = {"cpu": dict(train_steps=256, render_steps=256), "gpu": {}}
+# What differs where space is unbounded: rays see much more of it, and less sharply, and photographs are less alike.
+UNBOUNDED = {"cpu": dict(color_layers=2, train_steps=256, render_steps=256), "gpu": {}}
 
-# The MLPs: inputs, hidden layers, outputs. Their weights follow the hash table in `params`, one MLP after the other.
-MLPS = {"density": (N_LEVELS * k.N_FEATURES, 1, k.OUTPUT), "color": (2 * k.OUTPUT, 2, 3)}
+# The MLPs: inputs, hidden layers (None: color_layers), outputs. Their weights follow the hash table in `params`, one
+# MLP after the other.
+MLPS = {"density": (N_LEVELS * k.N_FEATURES, 1, k.OUTPUT), "color": (2 * k.OUTPUT, None, 3)}
 
 
 class UserError(Exception):
@@ -522,8 +526,8 @@ class Model:
         n, n_rays, cells = settings["march"], settings["rays"], settings["grid"] ** 3
         layout = level_layout(settings, n_levels)
         self.n_slots = int(layout[:, 2].sum())
-        mlps = {name: (n_in + n_code * (name in self.coded), *rest)
-                for name, (n_in, *rest) in {**MLPS, **self.more_mlps}.items()}
+        mlps = {name: (n_in + n_code * (name in self.coded), n_hidden or settings["color_layers"], n_out)
+                for name, (n_in, n_hidden, n_out) in {**MLPS, **self.more_mlps}.items()}
         self.n_weights = k.WIDTH * sum(count_rows(*mlp) for mlp in mlps.values())
         self.first_code = self.n_slots * k.N_FEATURES + self.n_weights
         self.n_codes = n_code * (n_photos + 1)                   # numbers; one code more: the neutral one
@@ -564,7 +568,7 @@ class Model:
         self.density_hidden = self.new(k.row64, n)
         self.geometry = self.new(k.row16, n)                     # [0] becomes sigma, all of it goes to the color MLP
         self.color_input = self.new(k.row64, n)                  # geometry, spherical harmonics, code
-        self.color_hidden = self.new(k.row64, 2 * n)
+        self.color_hidden = self.new(k.row64, settings["color_layers"] * n)
         self.color_raw = self.new(k.row16, n)                    # 3 are used
         self.rgb_sigma = self.new(f32, 4 * n)
         self.view_size = self.new(i32, 4)                        # of the view that is rendered
@@ -582,7 +586,7 @@ class Model:
         self.grad_density_hidden = self.new(k.row64, n)
         self.grad_geometry = self.new(k.row16, n)
         self.grad_color_input = self.new(k.row64, n)
-        self.grad_color_hidden = self.new(k.row64, 2 * n)
+        self.grad_color_hidden = self.new(k.row64, settings["color_layers"] * n)
         self.grad_color_raw = self.new(k.row16, n)
         self.grad_rgb_sigma = self.new(f32, 4 * n)
         self.density_grid = self.new(f32, cells)                 # -1 in cells that are given up
@@ -1650,7 +1654,7 @@ def evaluate_fitted(m, views, n_steps=50, n_rays=512):
 
 # ---- Files: the model, pictures, the video --------------------------------------------------------------------------
 
-FORMAT = 2                      # of model.npz and checkpoint.npz
+FORMAT = 3                      # of model.npz and checkpoint.npz
 FILE_LIMIT = 2**30              # bytes that such a file may have; reading it takes at most twice as many
 
 # What their info has to say, see believe(); it may come from anyone.
@@ -1658,8 +1662,8 @@ POWERS = {2**i for i in range(4, 25)}
 MODEL_INFO = dict(
     scene=str, downscale=(1, 10**9), width=(1, 2**15), height=(1, 2**15), n_levels=(1, N_LEVELS), n_photos=(0, 2**20),
     space=dict(center=3 * [(-1e12, 1e12)], side=(1e-12, 1e12), unbounded=(0, 1), near=(0.0, 1e3)),
-    settings=dict(coarsest=(1, 2**16), finest=(1, 2**16), table=POWERS, grid=POWERS & set(range(16, 513)),
-                  train_steps=(1, 2**14), render_steps=(1, 2**14)))
+    settings=dict(coarsest=(1, 2**16), finest=(1, 2**16), table=POWERS, color_layers=(1, 2),
+                  grid=POWERS & set(range(16, 513)), train_steps=(1, 2**14), render_steps=(1, 2**14)))
 CHECKPOINT_INFO = dict(
     MODEL_INFO, seed=(-2**31, 2**31 - 1), views=(0, 2**32), arch={"cpu", "cuda", "vulkan", "metal"}, target=(1e-9, 1e9),
     unit={"steps", "seconds"}, state=dict(
@@ -2665,13 +2669,12 @@ def measure_floors(m):
                 lambda i, out: np.take(table, i, axis=0, out=out, mode="clip"), index, rows))))
 
 
-def step_work(m, rays, marched, kept):
+def step_work(m, rays, marched, probed, kept):
     """What a training step asks of each kernel: {name: (floor, amount)}, FLOPs of products or bytes that must be read
     and written at least. Marching and random numbers are counted by their bytes, although they mostly compute."""
     flops = [2 * k.WIDTH * count_rows(net.n_in, net.n_hidden, net.n_out) for net in m.mlps]
     forward = sum(flops[:2] if m.moves else flops)
     corners = 8 * m.n_levels * 4 * k.N_FEATURES                                  # bytes of table per sample
-    probed = int((m.march_sigma.to_numpy()[:marched] >= 0).sum())
     work = dict(
         pick_pixels=("copy", 4 * rays), generate_rays=("copy", 60 * rays), count_samples=("copy", 44 * rays),
         sum_counts=("copy", 16 * rays), scan_blocks=("copy", 16 * rays // m.settings["block"]),
@@ -2787,7 +2790,7 @@ def command_bench(args):
     step()
     repeats = int(min(max(30.0 / (time.perf_counter() - start), 3), REPEATS))            # fewer where steps are slow
     step_seconds, update_seconds = median_seconds(step, repeats), median_seconds(update)
-    marched, kept = int(m.march_counter.to_numpy()[0]), int(m.counter.to_numpy()[0])
+    first, last = int(m.march_counter.to_numpy()[0]), int(m.counter.to_numpy()[0])
     seconds = {}
 
     def timed(name, kernel):
@@ -2806,11 +2809,14 @@ def command_bench(args):
             step()
     seconds = {name: float(np.median(times)) for name, times in seconds.items()}
 
-    floors, work = measure_floors(m), (step_work if m.marches else sampled_work)(m, rays, marched, kept)
+    samples = dict(coarse=first, fine=last)
+    if m.marches:
+        samples = dict(marched=first, probed=int((m.march_sigma.to_numpy()[:first] >= 0).sum()), kept=last)
+    floors, work = measure_floors(m), (step_work if m.marches else sampled_work)(m, rays, *samples.values())
     work = {name: amount for name, amount in work.items() if seconds[name] and amount[1]}  # some have no work
-    first, second = ("marched", "kept") if m.marches else ("coarse", "fine")
-    print(f"{arch} ({device}), {args.scene} after {line['step']} steps: {rays} rays, {marched} samples {first}, "
-          f"{kept} {second}\nfloors, by NumPy on the CPU: product {floors['product'] / 1e9:.0f} GFLOP/s, copy "
+    print(f"{arch} ({device}), {args.scene} after {line['step']} steps: {rays} rays, samples: "
+          + ", ".join(f"{n} {name}" for name, n in samples.items()) +
+          f"\nfloors, by NumPy on the CPU: product {floors['product'] / 1e9:.0f} GFLOP/s, copy "
           f"{floors['copy'] / 1e9:.1f} GB/s, gather {floors['gather'] / 1e9:.1f} GB/s\n\n"
           f"| kernel | ms | share | rate | floor, ms | ratio |\n|---|---|---|---|---|---|")
     total, floor_total = sum(seconds.values()), 0.0
@@ -2823,8 +2829,8 @@ def command_bench(args):
     print(f"\nstep {1e3 * step_seconds:.1f} ms ({1e3 * total:.1f} ms one kernel at a time), "
           f"{step_seconds / floor_total:.2f} times the sum of the floors, {1e3 * floor_total:.1f} ms\n"
           f"update of the occupancy grid {1e3 * update_seconds:.1f} ms, every {refresh} steps\n"
-          f"{rays / whole / 1e6:.3f} M rays/s, {marched / whole / 1e6:.2f} M samples/s {first}, "
-          f"{kept / whole / 1e6:.2f} M samples/s forward and backward")
+          f"{rays / whole / 1e6:.3f} M rays/s; M samples/s: "
+          + ", ".join(f"{n / whole / 1e6:.2f} {name}" for name, n in samples.items()))
     if args.full:                                    # a picture takes as long as training on as many rays
         return
     _, width, height, lens = scene.test.size[0]
