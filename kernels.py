@@ -1003,10 +1003,10 @@ def hash_encode_backward(n_levels: ti.i32, n_chunks: ti.i32, chunk: ti.i32, coun
 
 
 # ---- MLP: n_hidden hidden layers y = relu(x W), 64 wide, and an output layer y = x W of n_out <= 16 columns; without
-# biases. The density MLP is F n_levels -> 64 -> 16, the color MLP 32 (and a code) -> 64 (-> 64) -> 3. A sample passes
-# all layers in one thread: what a layer has written is still in the cache when the next one reads it. In `params` an
-# MLP is a list of rows of 64: n_rows = n_in + 64 (n_hidden - 1) rows of the hidden layers' W, one layer below the
-# other, then the n_out rows of the output layer's W^T. Before use they are copied into wider rows:
+# biases. The density MLP is F n_levels -> 64 -> 16, the color MLP 32 (and a code) -> 64 -> 3 or -> 64 -> 64 -> 3. A
+# sample passes all layers in one thread: what a layer has written is still in the cache when the next one reads it. In
+# `params` an MLP is a list of rows of 64: n_rows = n_in + 64 (n_hidden - 1) rows of the hidden layers' W, one layer
+# below the other, then the n_out rows of the output layer's W^T. Before use they are copied into wider rows:
 #     weight      [n_rows + n_out] rows of 64       W of the hidden layers, and W^T of the output layer, as in `params`
 #     weight_out  [64] rows of 16                   W of the output layer
 #     weight_t    [64 n_hidden + 16] rows of 64     W^T of all layers
@@ -1155,10 +1155,10 @@ def sum_partials(n_weights: ti.i32, chunk: ti.i32, pitch: ti.i32, first: ti.i32,
         grad_params[j][c] = grad_params[j][c] + total
 
 
-# ---- Visibility: most of what is marched lies behind a surface or in air. A probe asks the field for density alone;
-# the samples that light reaches, and that stop some of it, are kept: their counts are scanned into new spans, they are
-# copied together, and only they take part in what follows, forward and backward. (instant-ngp compacts its samples too
-# before each training step.)
+# ---- Visibility: most of what is marched lies behind a surface or in air. A probe follows each ray and asks the field
+# for density alone, until no light is left; the samples that light reaches, and that stop some of it, are kept: their
+# counts are scanned into new spans, they are copied together, and only they take part in what follows, forward and
+# backward. (instant-ngp compacts its samples too before each training step.)
 
 @ti.func
 def density_at(i, n_in, x: ti.template(), weight: ti.template()):
@@ -1187,11 +1187,11 @@ def probe_density(n_in: ti.i32, counter: i32buf, x: rows64, weight: rows64, sigm
 def probe_rays(n_rays: ti.i32, n_levels: ti.i32, n_in: ti.i32, min_weight: ti.f32, march_span: i32buf, level: i32buf,
                march_sample: f32buf, params: rowsF, weight: rows64, pixel: f32buf, march_feature: rows64,
                march_sigma: f32buf):
-    """hash_encode_forward and probe_density, sample by sample along each ray, until its light is used up: more than
-    half of what is marched lies behind that and is not asked for.
+    """hash_encode_forward and probe_density, sample by sample along each ray, until its light is used up: what is
+    marched behind that, often more than half, is not asked for.
 
     Kept are samples that add light to their pixel, whose weight T_k alpha_k (see composite_forward) is at least
-    min_weight. The others dim nothing, so that T is what composite_forward will find.
+    min_weight, and not 0. The others dim nothing, so that T is what composite_forward will find.
 
     march_span     [n_rays, 2]             in      first sample, number of samples, of those marched
     level          [n_levels, 4]           in      see hash_encode_forward
@@ -1199,8 +1199,8 @@ def probe_rays(n_rays: ti.i32, n_levels: ti.i32, n_in: ti.i32, min_weight: ti.f3
     params         [n_rows] rows of F      in      the table comes first
     weight                                 in      from load_weights
     pixel          [n_rays, 4]             in      [3] = T, what earlier waves let through
-    march_feature  [n_marched] rows of 64  in-out  the F n_levels first entries are written, where T >= T_STOP; an MLP
-                                                   with more inputs finds them behind these
+    march_feature  [n_marched] rows of 64  in-out  the F n_levels first entries are written, where T >= T_STOP; what
+                                                   an MLP has more of inputs lies behind (ambient_forward)
     march_sigma    [n_marched]             out     density of the samples that are kept; 0: not kept; -1: not asked for
     thread         one per ray
     """
@@ -1222,7 +1222,7 @@ def probe_rays(n_rays: ti.i32, n_levels: ti.i32, n_in: ti.i32, min_weight: ti.f3
 
 @ti.kernel
 def count_visible_samples(n_rays: ti.i32, march_span: i32buf, march_sigma: f32buf, ray_span: i32buf):
-    """How many samples of each ray are kept.
+    """How many samples of each ray are kept: what probe_rays could say, had it not 8 buffers already.
 
     march_span   [n_rays, 2]  in
     march_sigma  [n_marched]  in    from probe_rays

@@ -568,7 +568,7 @@ class Model:
         self.density_hidden = self.new(k.row64, n)
         self.geometry = self.new(k.row16, n)                     # [0] becomes sigma, all of it goes to the color MLP
         self.color_input = self.new(k.row64, n)                  # geometry, spherical harmonics, code
-        self.color_hidden = self.new(k.row64, settings["color_layers"] * n)
+        self.color_hidden = self.new(k.row64, self.color.n_hidden * n)
         self.color_raw = self.new(k.row16, n)                    # 3 are used
         self.rgb_sigma = self.new(f32, 4 * n)
         self.view_size = self.new(i32, 4)                        # of the view that is rendered
@@ -586,7 +586,7 @@ class Model:
         self.grad_density_hidden = self.new(k.row64, n)
         self.grad_geometry = self.new(k.row16, n)
         self.grad_color_input = self.new(k.row64, n)
-        self.grad_color_hidden = self.new(k.row64, settings["color_layers"] * n)
+        self.grad_color_hidden = self.new(k.row64, self.color.n_hidden * n)
         self.grad_color_raw = self.new(k.row16, n)
         self.grad_rgb_sigma = self.new(f32, 4 * n)
         self.density_grid = self.new(f32, cells)                 # -1 in cells that are given up
@@ -2671,7 +2671,8 @@ def measure_floors(m):
 
 def step_work(m, rays, marched, probed, kept):
     """What a training step asks of each kernel: {name: (floor, amount)}, FLOPs of products or bytes that must be read
-    and written at least. Marching and random numbers are counted by their bytes, although they mostly compute."""
+    and written at least. Marching and random numbers are counted by their bytes, although they mostly compute; the
+    probe by its gathers, although it multiplies, too."""
     flops = [2 * k.WIDTH * count_rows(net.n_in, net.n_hidden, net.n_out) for net in m.mlps]
     forward = sum(flops[:2] if m.moves else flops)
     corners = 8 * m.n_levels * 4 * k.N_FEATURES                                  # bytes of table per sample
@@ -2790,7 +2791,6 @@ def command_bench(args):
     step()
     repeats = int(min(max(30.0 / (time.perf_counter() - start), 3), REPEATS))            # fewer where steps are slow
     step_seconds, update_seconds = median_seconds(step, repeats), median_seconds(update)
-    first, last = int(m.march_counter.to_numpy()[0]), int(m.counter.to_numpy()[0])
     seconds = {}
 
     def timed(name, kernel):
@@ -2809,6 +2809,7 @@ def command_bench(args):
             step()
     seconds = {name: float(np.median(times)) for name, times in seconds.items()}
 
+    first, last = int(m.march_counter.to_numpy()[0]), int(m.counter.to_numpy()[0])
     samples = dict(coarse=first, fine=last)
     if m.marches:
         samples = dict(marched=first, probed=int((m.march_sigma.to_numpy()[:first] >= 0).sum()), kept=last)
