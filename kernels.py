@@ -1155,10 +1155,10 @@ def sum_partials(n_weights: ti.i32, chunk: ti.i32, pitch: ti.i32, first: ti.i32,
         grad_params[j][c] = grad_params[j][c] + total
 
 
-# ---- Visibility: most of what is marched lies behind a surface or in air. A probe follows each ray and asks the field
-# for density alone, until no light is left; the samples that light reaches, and that stop some of it, are kept: their
-# counts are scanned into new spans, they are copied together, and only they take part in what follows, forward and
-# backward. (instant-ngp compacts its samples too before each training step.)
+# ---- Visibility: most of what is marched lies behind a surface or in air. A probe follows each ray, finding density
+# alone, until no light is left; the samples that light reaches, and that stop some of it, are kept: their counts are
+# scanned into new spans, they are copied together, and only they take part in what follows, forward and backward.
+# (instant-ngp compacts its samples too before each training step.)
 
 @ti.func
 def density_at(i, n_in, x: ti.template(), weight: ti.template()):
@@ -1188,7 +1188,7 @@ def probe_rays(n_rays: ti.i32, n_levels: ti.i32, n_in: ti.i32, min_weight: ti.f3
                march_sample: f32buf, params: rowsF, weight: rows64, pixel: f32buf, march_feature: rows64,
                march_sigma: f32buf):
     """hash_encode_forward and probe_density, sample by sample along each ray, until its light is used up: what is
-    marched behind that, often more than half, is not asked for.
+    marched behind that, often more than half, is not probed.
 
     Kept are samples that add light to their pixel, whose weight T_k alpha_k (see composite_forward) is at least
     min_weight, and not 0. The others dim nothing, so that T is what composite_forward will find.
@@ -1201,7 +1201,7 @@ def probe_rays(n_rays: ti.i32, n_levels: ti.i32, n_in: ti.i32, min_weight: ti.f3
     pixel          [n_rays, 4]             in      [3] = T, what earlier waves let through
     march_feature  [n_marched] rows of 64  in-out  the F n_levels first entries are written, where T >= T_STOP; what
                                                    an MLP has more of inputs lies behind (ambient_forward)
-    march_sigma    [n_marched]             out     density of the samples that are kept; 0: not kept; -1: not asked for
+    march_sigma    [n_marched]             out     density of the samples that are kept; 0: not kept; -1: not probed
     thread         one per ray
     """
     for r in range(n_rays):

@@ -5663,7 +5663,7 @@ PORT_BUGS = {
     "an unclamped density": ("probe_density", "density_at", "ti.min(hidden.dot(weight[n_in]), RAW_SIGMA_MAX)",
                              "hidden.dot(weight[n_in])"),
     "all samples dim": ("probe_rays", "probe_rays", "    T *= 1.0 - alpha", "T *= 1.0 - alpha"),
-    "asked for behind the stop": ("probe_rays", "probe_rays", "if T >= T_STOP", "if True"),
+    "probed behind the stop": ("probe_rays", "probe_rays", "if T >= T_STOP", "if True"),
     "visible without light": ("count_visible_samples", "count_visible_samples", "> 0.0", ">= 0.0"),
     "lit behind the stop": ("mark_lit_cells", "mark_lit_cells", "march_sigma[i] < 0.0", "False"),
     "no stop": ("composite_forward", "composite_forward", "T < T_STOP", "False"),
