@@ -2851,7 +2851,7 @@ def test_family_commands(tiny, small_family, monkeypatch, capsys, name):
         table = re.findall(r"^\| (\w+) \| ([\d.]+) \|", capsys.readouterr().out, re.M)
         assert {kernel for kernel, _ in table} == launched
     m = steps[-1][0]
-    work = tinynerf.step_work(m, 9, 9, 9, 9) if m.marches else tinynerf.sampled_work(m, 9, 9, 9)
+    work = tinynerf.step_work(m, 9, 9, 9, 9, 9) if m.marches else tinynerf.sampled_work(m, 9, 9, 9)
     assert set(work) == launched
 
     info = json.loads(str(run["info"]))
@@ -4555,7 +4555,7 @@ def test_commands(tmp_path, monkeypatch, capsys, recwarn):
             tinynerf.load_weights]
     launched = set(re.findall(r"\bk\.([a-z]\w+)\(", "".join(map(inspect.getsource, step))))
     only_photos = {"contract_samples", "distortion_forward", "distortion_backward", "code_backward"}
-    assert set(tinynerf.step_work(tinynerf.Model(TINY, BOX), 1, 1, 1, 1)) == launched - only_photos
+    assert set(tinynerf.step_work(tinynerf.Model(TINY, BOX), 1, 1, 1, 1, 1)) == launched - only_photos
     assert tinynerf.main(["bench", "photos", "--steps", "2", "--arch", ARCH]) == 0
     table = re.findall(r"^\| (\w+) \| ([\d.]+) \|", capsys.readouterr().out, re.M)
     assert {name for name, _ in table} == launched and only_photos < launched

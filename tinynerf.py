@@ -2654,11 +2654,11 @@ def wrapped_kernels(wrap):
 
 def measure_floors(m):
     """What this machine can do at best, by NumPy on all cores: FLOP/s of a product, [2^15, 64] times [64, 64]; bytes/s
-    of a copy, read and written; bytes/s of a gather of random rows of the hash table, read."""
+    of a copy, read and written; bytes/s of a gather of random rows of the parameters, read."""
     rng, n_threads = np.random.default_rng(0), os.cpu_count() or 1
     x, weight = rng.random((2**15, k.WIDTH), np.float32), rng.random((k.WIDTH, k.WIDTH), np.float32)
     y, big = np.empty_like(x), rng.random((n_threads, 2**22), np.float32)
-    copy, table = np.empty_like(big), rng.random((m.settings["table"], k.N_FEATURES), np.float32)
+    copy, table = np.empty_like(big), rng.random((m.n_rows, k.N_FEATURES), np.float32)
     index = rng.integers(0, len(table), (n_threads, 2**17))
     rows = np.empty(index.shape + (k.N_FEATURES,), np.float32)
     with concurrent.futures.ThreadPoolExecutor(n_threads) as pool:
@@ -2669,57 +2669,59 @@ def measure_floors(m):
                 lambda i, out: np.take(table, i, axis=0, out=out, mode="clip"), index, rows))))
 
 
-def step_work(m, rays, marched, probed, kept):
-    """What a training step asks of each kernel: {name: (floor, amount)}, FLOPs of products or bytes that must be read
-    and written at least. Marching and random numbers are counted by their bytes, although they mostly compute; the
-    probe by its gathers, although it multiplies, too."""
+def step_work(m, rays, marched, probed, kept, touched):
+    """What a training step asks of each kernel: {name: {floor: amount}}, FLOPs of products, bytes that must be read or
+    written at least, in a row or (gather) scattered. Marching and random numbers are counted by their bytes, although
+    they mostly compute. touched: rows of the parameters that have a gradient."""
     flops = [2 * k.WIDTH * count_rows(net.n_in, net.n_hidden, net.n_out) for net in m.mlps]
     forward = sum(flops[:2] if m.moves else flops)
     corners = 8 * m.n_levels * 4 * k.N_FEATURES                                  # bytes of table per sample
     work = dict(
-        pick_pixels=("copy", 4 * rays), generate_rays=("copy", 60 * rays), count_samples=("copy", 44 * rays),
-        sum_counts=("copy", 16 * rays), scan_blocks=("copy", 16 * rays // m.settings["block"]),
-        claim_spans=("copy", 24 * rays), write_samples=("copy", 48 * rays + 16 * marched),
-        probe_rays=("gather", corners * probed), count_visible_samples=("copy", 16 * rays + 4 * marched),
-        mark_lit_cells=("copy", 8 * rays + 20 * probed),
-        keep_visible_samples=("copy", 16 * rays + 4 * marched + (40 + 4 * 2 * k.WIDTH) * kept),
-        mlp_forward=("product", forward * kept), density_head_forward=("copy", 68 * kept),
-        color_input_forward=("copy", 196 * kept), color_head_forward=("copy", 80 * kept),
-        composite_forward=("copy", 80 * rays + 32 * kept), loss_and_gradient=("copy", 48 * rays),
-        composite_backward=("copy", 40 * rays + 48 * kept), color_head_backward=("copy", 96 * kept),
-        mlp_backward_input=("product", forward * kept), mlp_backward_weight=("product", forward * kept),
-        density_head_backward=("copy", 224 * kept), hash_encode_backward=("gather", 2 * corners * kept),
-        sum_partials=("copy", 4 * m.n_weights * (kept // m.settings["chunk"] + 2)),
-        adam_step=("copy", 4 * k.N_FEATURES * m.n_rows), load_weights=("copy", 12 * m.n_weights))
+        pick_pixels=dict(copy=4 * rays), generate_rays=dict(copy=60 * rays), count_samples=dict(copy=44 * rays),
+        sum_counts=dict(copy=16 * rays), scan_blocks=dict(copy=16 * rays // m.settings["block"]),
+        claim_spans=dict(copy=24 * rays), write_samples=dict(copy=48 * rays + 20 * marched),
+        probe_rays=dict(gather=corners * probed, product=2 * k.WIDTH * (m.density.n_in + 1) * probed,
+                        copy=12 * rays + 4 * marched + (16 + 4 * m.density.n_in) * probed),
+        count_visible_samples=dict(copy=16 * rays + 4 * marched), mark_lit_cells=dict(copy=8 * rays + 20 * probed),
+        keep_visible_samples=dict(copy=16 * rays + 4 * marched + (40 + 4 * 2 * k.WIDTH) * kept),
+        mlp_forward=dict(product=forward * kept), density_head_forward=dict(copy=68 * kept),
+        color_input_forward=dict(copy=196 * kept), color_head_forward=dict(copy=80 * kept),
+        composite_forward=dict(copy=80 * rays + 32 * kept), loss_and_gradient=dict(copy=48 * rays),
+        composite_backward=dict(copy=40 * rays + 48 * kept), color_head_backward=dict(copy=96 * kept),
+        mlp_backward_input=dict(product=forward * kept), mlp_backward_weight=dict(product=forward * kept),
+        density_head_backward=dict(copy=224 * kept), hash_encode_backward=dict(gather=2 * corners * kept),
+        sum_partials=dict(copy=4 * m.n_weights * (kept // m.settings["chunk"] + 2)),
+        adam_step=dict(copy=4 * k.N_FEATURES * (m.n_rows + touched), gather=24 * k.N_FEATURES * touched),
+        load_weights=dict(copy=12 * m.n_weights))
     if m.space.unbounded:
-        work.update(contract_samples=("copy", 24 * marched), distortion_forward=("copy", 20 * rays + 12 * kept),
-                    distortion_backward=("copy", 20 * rays + 20 * kept))
+        work.update(contract_samples=dict(copy=24 * marched), distortion_forward=dict(copy=20 * rays + 12 * kept),
+                    distortion_backward=dict(copy=20 * rays + 20 * kept))
     if m.name == "nerfw":
         del work["composite_backward"]
-        work.update(transient_head_forward=("copy", 84 * kept), transient_head_backward=("copy", 104 * kept),
-                    composite_both_forward=("copy", 24 * rays + 40 * kept),
-                    composite_both_backward=("copy", 40 * rays + 76 * kept), uncertainty_forward=("copy", 12 * kept),
-                    uncertainty_backward=("copy", 16 * rays + 28 * kept), weigh_by_uncertainty=("copy", 44 * rays),
-                    transient_input_backward=("copy", 192 * kept))
+        work.update(transient_head_forward=dict(copy=84 * kept), transient_head_backward=dict(copy=104 * kept),
+                    composite_both_forward=dict(copy=24 * rays + 40 * kept),
+                    composite_both_backward=dict(copy=40 * rays + 76 * kept), uncertainty_forward=dict(copy=12 * kept),
+                    uncertainty_backward=dict(copy=16 * rays + 28 * kept), weigh_by_uncertainty=dict(copy=44 * rays),
+                    transient_input_backward=dict(copy=192 * kept))
     if m.n_code:
-        work.update(code_backward=("copy", 4 * (1 + m.n_code) * kept))
+        work.update(code_backward=dict(copy=4 * (1 + m.n_code) * kept))
     if m.moves:
         picked, warp = 3 * m.n_picked, flops[2]      # samples of the other losses
         each, back = sum(flops[2:]) * (marched + kept), sum(flops[2:]) * kept
         work.update(
-            warp_input_forward=("copy", 276 * (marched + 2 * picked)), warp_forward=("copy", 56 * (marched + picked)),
-            mlp_forward=("product", forward * kept + each + 2 * warp * picked),
-            mlp_backward_input=("product", forward * kept + back + 3 * warp * picked),
-            mlp_backward_weight=("product", forward * kept + back + 3 * warp * picked),
-            keep_visible_samples=("copy", 2 * work["keep_visible_samples"][1]),
-            hash_position_backward=("gather", corners * kept), warp_backward=("copy", 80 * (kept + picked)),
-            code_backward=("copy", 4 * (1 + N_CODE) * (len(flops) - 2) * (kept + 2 * picked)),
-            weigh_samples=("copy", 4 * rays + 12 * kept), pick_kept_samples=("copy", 60 * picked),
-            warp_tangent_input=("copy", 276 * picked), mlp_tangent_forward=("product", warp * picked),
-            elastic_loss=("copy", 160 * picked), pick_static_points=("copy", 32 * picked),
-            pick_moments=("copy", 4 * picked), static_loss=("copy", 52 * picked))
+            warp_input_forward=dict(copy=276 * (marched + 2 * picked)), warp_forward=dict(copy=56 * (marched + picked)),
+            mlp_forward=dict(product=forward * kept + each + 2 * warp * picked),
+            mlp_backward_input=dict(product=forward * kept + back + 3 * warp * picked),
+            mlp_backward_weight=dict(product=forward * kept + back + 3 * warp * picked),
+            keep_visible_samples=dict(copy=2 * work["keep_visible_samples"]["copy"]),
+            hash_position_backward=dict(gather=corners * kept), warp_backward=dict(copy=80 * (kept + picked)),
+            code_backward=dict(copy=4 * (1 + N_CODE) * (len(flops) - 2) * (kept + 2 * picked)),
+            weigh_samples=dict(copy=4 * rays + 12 * kept), pick_kept_samples=dict(copy=60 * picked),
+            warp_tangent_input=dict(copy=276 * picked), mlp_tangent_forward=dict(product=warp * picked),
+            elastic_loss=dict(copy=160 * picked), pick_static_points=dict(copy=32 * picked),
+            pick_moments=dict(copy=4 * picked), static_loss=dict(copy=52 * picked))
         if m.slices:
-            work.update(ambient_forward=("copy", 32 * marched), ambient_backward=("copy", 32 * kept))
+            work.update(ambient_forward=dict(copy=32 * marched), ambient_backward=dict(copy=32 * kept))
     return work
 
 
@@ -2734,33 +2736,34 @@ def sampled_work(m, rays, coarse, fine):
         lambda net: sum(layer.n_out * layer.n_x for layer in net.layers)))   # hand no gradient on
     n_mlps = k.WIDTH * sum(count_rows(mlp.n_in, mlp.n_hidden, mlp.n_out) for mlp in m.mlps)
     work = dict(
-        pick_pixels=("copy", 4 * rays), generate_rays=("copy", 60 * twice), count_even=("copy", 12 * twice),
-        sum_counts=("copy", 4 * twice), scan_blocks=("copy", 8 * twice // m.settings["block"]),
-        claim_spans=("copy", 12 * twice), sample_even=("copy", 20 * twice + 24 * coarse),
-        weigh_samples=("copy", 4 * twice + 12 * coarse),
-        sample_where_light_is=("copy", 24 * twice + 24 * coarse + 24 * fine),
-        **{family.encoding + "_forward": ("copy", 4 * (3 + k.WIDTH) * n)}, layer_forward=("product", layers),
-        mlp_forward=("product", mlps), direction_input_forward=("copy", 4 * (17 + m.nets[-1].color.n_in) * shaded),
-        **{family.density + "_forward": ("copy", 8 * n), family.density + "_backward": ("copy", 136 * n)},
-        **{family.color + "_forward": ("copy", 24 * shaded), family.color + "_backward": ("copy", 36 * shaded)},
-        composite_forward=("copy", 48 * seen + 24 * shaded), loss_and_gradient=("copy", 48 * seen),
-        composite_backward=("copy", 40 * seen + 36 * shaded), mlp_backward_input=("product", mlps),
-        mlp_backward_weight=("product", mlps), relu_backward=("copy", 12 * k.WIDTH * n),
-        layer_backward_input=("product", layers - first), layer_backward_weight=("product", layers),
-        sum_partials=("copy", 4 * sum(net.n_weights * (samples // chunk + 2) for net, samples in levels)),
-        adam_step=("copy", 28 * k.N_FEATURES * m.n_rows), load_weights=("copy", 12 * n_mlps),
-        load_layer=("copy", 12 * (k.N_FEATURES * m.n_rows - n_mlps)))
+        pick_pixels=dict(copy=4 * rays), generate_rays=dict(copy=60 * twice), count_even=dict(copy=12 * twice),
+        sum_counts=dict(copy=4 * twice), scan_blocks=dict(copy=8 * twice // m.settings["block"]),
+        claim_spans=dict(copy=12 * twice), sample_even=dict(copy=20 * twice + 24 * coarse),
+        weigh_samples=dict(copy=4 * twice + 12 * coarse),
+        sample_where_light_is=dict(copy=24 * twice + 24 * coarse + 24 * fine),
+        **{family.encoding + "_forward": dict(copy=4 * (3 + k.WIDTH) * n)}, layer_forward=dict(product=layers),
+        mlp_forward=dict(product=mlps), direction_input_forward=dict(copy=4 * (17 + m.nets[-1].color.n_in) * shaded),
+        **{family.density + "_forward": dict(copy=8 * n), family.density + "_backward": dict(copy=136 * n)},
+        **{family.color + "_forward": dict(copy=24 * shaded), family.color + "_backward": dict(copy=36 * shaded)},
+        composite_forward=dict(copy=48 * seen + 24 * shaded), loss_and_gradient=dict(copy=48 * seen),
+        composite_backward=dict(copy=40 * seen + 36 * shaded), mlp_backward_input=dict(product=mlps),
+        mlp_backward_weight=dict(product=mlps), relu_backward=dict(copy=12 * k.WIDTH * n),
+        layer_backward_input=dict(product=layers - first), layer_backward_weight=dict(product=layers),
+        sum_partials=dict(copy=4 * sum(net.n_weights * (samples // chunk + 2) for net, samples in levels)),
+        adam_step=dict(copy=28 * k.N_FEATURES * m.n_rows), load_weights=dict(copy=12 * n_mlps),
+        load_layer=dict(copy=12 * (k.N_FEATURES * m.n_rows - n_mlps)))
     if family.cones:
-        work.update(widen_weights=("copy", 4 * twice + 8 * coarse))
+        work.update(widen_weights=dict(copy=4 * twice + 8 * coarse))
     if proposed:
-        work.update(weigh_samples=("copy", 8 * twice + 12 * n), weigh_samples_backward=("copy", 8 * rays + 36 * coarse),
-                    interlevel_forward=("copy", 20 * rays + 12 * coarse + 16 * fine),
-                    interlevel_backward=("copy", 16 * rays + 12 * coarse + 16 * fine))
+        work.update(weigh_samples=dict(copy=8 * twice + 12 * n),
+                    weigh_samples_backward=dict(copy=8 * rays + 36 * coarse),
+                    interlevel_forward=dict(copy=20 * rays + 12 * coarse + 16 * fine),
+                    interlevel_backward=dict(copy=16 * rays + 12 * coarse + 16 * fine))
     elif family.coarse_loss != 1.0:
-        work.update(weigh_loss=("copy", 16 * twice))
+        work.update(weigh_loss=dict(copy=16 * twice))
     if m.space.unbounded:
-        work.update(distortion_forward=("copy", 20 * rays + 12 * fine),
-                    distortion_backward=("copy", 20 * rays + 20 * fine))
+        work.update(distortion_forward=dict(copy=20 * rays + 12 * fine),
+                    distortion_backward=dict(copy=20 * rays + 20 * fine))
     return work
 
 
@@ -2813,19 +2816,27 @@ def command_bench(args):
     samples = dict(coarse=first, fine=last)
     if m.marches:
         samples = dict(marched=first, probed=int((m.march_sigma.to_numpy()[:first] >= 0).sum()), kept=last)
-    floors, work = measure_floors(m), (step_work if m.marches else sampled_work)(m, rays, *samples.values())
-    work = {name: amount for name, amount in work.items() if seconds[name] and amount[1]}  # some have no work
+        before = m.moment.to_numpy()
+        step()
+        touched = int((m.moment.to_numpy() != before).reshape(-1, 2 * k.N_FEATURES).any(1).sum())
+        work = step_work(m, rays, *samples.values(), touched)
+    else:
+        work = sampled_work(m, rays, *samples.values())
+    floors = measure_floors(m)
+    work = {name: asked for name, asked in work.items() if seconds[name] and any(asked.values())}    # some have no work
     print(f"{arch} ({device}), {args.scene} after {line['step']} steps: {rays} rays, samples: "
           + ", ".join(f"{n} {name}" for name, n in samples.items()) +
           f"\nfloors, by NumPy on the CPU: product {floors['product'] / 1e9:.0f} GFLOP/s, copy "
           f"{floors['copy'] / 1e9:.1f} GB/s, gather {floors['gather'] / 1e9:.1f} GB/s\n\n"
-          f"| kernel | ms | share | rate | floor, ms | ratio |\n|---|---|---|---|---|---|")
+          f"| kernel | ms | share | GFLOP/s | GB/s | floor, ms | ratio |\n|---|---|---|---|---|---|---|")
     total, floor_total = sum(seconds.values()), 0.0
-    for name, (kind, amount) in sorted(work.items(), key=lambda item: -seconds[item[0]]):
-        floor, unit = amount / floors[kind], "GFLOP/s" if kind == "product" else "GB/s"
+    for name, asked in sorted(work.items(), key=lambda item: -seconds[item[0]]):
+        floor = sum(amount / floors[kind] for kind, amount in asked.items())
+        moved = sum(amount for kind, amount in asked.items() if kind != "product")
+        rates = (f"{amount / seconds[name] / 1e9:.1f}" if amount else "" for amount in (asked.get("product"), moved))
         floor_total += floor
-        print(f"| {name} | {1e3 * seconds[name]:.2f} | {seconds[name] / total:.1%} "
-              f"| {amount / seconds[name] / 1e9:.1f} {unit} | {1e3 * floor:.2f} | {seconds[name] / floor:.1f} |")
+        print(f"| {name} | {1e3 * seconds[name]:.2f} | {seconds[name] / total:.1%} | {' | '.join(rates)} "
+              f"| {1e3 * floor:.2f} | {seconds[name] / floor:.1f} |")
     whole = step_seconds + update_seconds / refresh
     print(f"\nstep {1e3 * step_seconds:.1f} ms ({1e3 * total:.1f} ms one kernel at a time), "
           f"{step_seconds / floor_total:.2f} times the sum of the floors, {1e3 * floor_total:.1f} ms\n"
