@@ -1752,6 +1752,22 @@ def steady(monkeypatch):
         monkeypatch.setattr(tinynerf, name, value)
 
 
+def test_replay(steady, monkeypatch):
+    """Launches that are replayed together do something else than one by one, or the same as the last time; or every
+    step makes a graph of its own; or rendering differs."""
+    runs, n_steps = [], 20 if ON_CPU else 5
+    for together in (True, False):
+        if not together:
+            monkeypatch.setattr(tinynerf, "replay", lambda launch, m, *arguments: launch(m, *arguments))
+        m, losses, _ = train_sphere(1, n_steps)
+        n_graphs = len(m.graphs)
+        runs.append((losses, m.params.to_numpy(), tinynerf.render_view(m, sphere_views(1).camera[0], 8, 8)[0]))
+        assert (n_graphs, len(m.graphs)) == ((2, 4) if together else (0, 0))
+    for got, want in zip(*runs):
+        assert np.array_equal(got, want) if ON_CPU else np.abs(got - want).max() < 1e-3 * np.abs(want).max()
+    assert len(set(runs[0][0])) == n_steps
+
+
 FIRST_LOSSES = [0.047814, 0.044302, 0.039907, 0.040632, 0.034461, 0.036723, 0.045715, 0.033101, 0.034174, 0.036649]
 
 

@@ -536,7 +536,7 @@ class Model:
         self.rate_shares = (self.n_slots, 0, 1.0), (self.n_rows - self.n_slots, self.n_slots, MLP_RATE)
 
         f32, i32, u32 = ti.f32, ti.i32, ti.u32
-        self.buffers = []
+        self.buffers, self.graphs = [], {}                       # see replay()
         self.params = self.new(k.rowF, self.n_rows)              # the hash table's slots, the MLPs' weights, the codes
         self.level = self.new(i32, layout.size)                  # [n_levels, 4]
         if not dry:
@@ -839,11 +839,11 @@ def draw_rays(m, n_rays):
     further."""
     n_steps, limit = m.settings["render_steps"], 8
     while True:
-        march(m, n_rays, limit, n_steps)
+        replay(march, m, n_rays, limit, n_steps)
         n_samples, n_kept = m.march_counter.to_numpy()[:2]
         if n_samples == 0 and n_kept == n_rays:
             break
-        forward(m, n_rays, n_steps, neutral_code(m))
+        replay(forward, m, n_rays, n_steps, neutral_code(m))
         limit = min(2 * limit, m.settings["march"] // m.settings["block"])
 
 
@@ -865,6 +865,45 @@ def upload_views(m, views):
                                  outlined=views.outlined, points=None)
 
 
+@contextlib.contextmanager
+def wrapped_kernels(wrap):
+    """Every kernel is wrap(name, kernel) for a while."""
+    plain = {name: kernel for name, kernel in vars(k).items() if hasattr(kernel, "_is_wrapped_kernel")}
+    try:
+        for name, kernel in plain.items():
+            setattr(k, name, wrap(name, kernel))
+        yield
+    finally:
+        for name, kernel in plain.items():
+            setattr(k, name, kernel)
+
+
+def replay(launch, m, *arguments):
+    """launch(m, *arguments), which does nothing but launch kernels (what else it does comes first), by one call for all
+    of them: a launch from Python takes most of 0.1 ms. They are noted anew each time, for the scalars they get; the
+    graph that a list of kernels and buffers becomes is kept in m.graphs."""
+    launches, given = [], {}
+    with wrapped_kernels(lambda name, kernel: lambda *values: launches.append((kernel, values))):
+        launch(m, *arguments)
+    key = []
+    for kernel, values in launches:
+        names = [f"buffer {id(x)}" if isinstance(x, ti.Ndarray) else f"scalar {len(given)}.{i}"
+                 for i, x in enumerate(values)]
+        given.update(zip(names, (x.item() if isinstance(x, np.generic) else x for x in values)))
+        key.append((kernel, *names))
+    if tuple(key) not in m.graphs:
+        builder, known = ti.graph.GraphBuilder(), {}
+        for kernel, *names in key:
+            for name, kind in zip(names, kernel.__annotations__.values()):
+                if name not in known and name.startswith("buffer"):
+                    known[name] = ti.graph.Arg(ti.graph.ArgKind.NDARRAY, name, kind.dtype, ndim=1)
+                elif name not in known:
+                    known[name] = ti.graph.Arg(ti.graph.ArgKind.SCALAR, name, kind)
+            builder.dispatch(kernel, *(known[name] for name in names))
+        m.graphs[tuple(key)] = builder.compile()
+    m.graphs[tuple(key)].run(given)
+
+
 # ---- The family: other models, of the stages in Part II of kernels.py -----------------------------------------------
 
 class SampledModel(Model):
@@ -877,8 +916,8 @@ class SampledModel(Model):
         n = settings["march"]
         n_rays = max(1, n // (settings["coarse"] + settings["fine"]))        # so that none is ever dropped
         self.settings, self.space, self.n_photos = {**settings, "rays": n_rays}, space, n_photos
-        self.n_levels, self.dry, self.buffers, self.n_code, self.n_slots = n_levels, dry, [], 0, 0
-        self.mlps, self.nets, f32, i32 = [], [], ti.f32, ti.i32
+        self.n_levels, self.dry, self.n_code, self.n_slots = n_levels, dry, 0, 0
+        self.mlps, self.nets, self.buffers, self.graphs, f32, i32 = [], [], [], {}, ti.f32, ti.i32
         self.new_nets()
         self.n_rows = sum(net.n_weights for net in self.nets) // k.N_FEATURES
         self.pitch = max(net.n_weights for net in self.nets) + 16            # of a row of `partial`
@@ -1473,10 +1512,10 @@ def train(m, views, seed, steps=None, seconds=None, report=lambda **line: None, 
     take_step, (first_rate, last_rate) = MODELS[m.name].step, MODELS[m.name].rates or (LEARNING_RATE, FINAL_RATE)
     start = time.perf_counter()
     m.initialize(seed)
-    take_step(m, 0, views, seed, 0, 0.0)
+    replay(take_step, m, 0, views, seed, 0, 0.0)
     if m.marches:
         view_bound = m.new(ti.f32, 4 * views.n)
-        update_occupancy(m, 0, 0, seed, 0)
+        replay(update_occupancy, m, 0, 0, seed, 0)
         start_occupancy(m, types.SimpleNamespace(**{**vars(views), "n": 0}), view_bound)
     now = types.SimpleNamespace(step=0, progress=0.0, seconds=0.0, cell=0, n_rays=min(256, m.settings["rays"]),
                                 samples=0, rays=0, rays_dropped=0)
@@ -1500,11 +1539,11 @@ def train(m, views, seed, steps=None, seconds=None, report=lambda **line: None, 
         rate *= min(1.0, (1.0 - now.progress) / COOL_DOWN)
         turn, first_view = divmod(now.rays + now.rays_dropped + rays_since, views.n)
         m.next_view = turn % 2**31, first_view
-        take_step(m, now.n_rays, views, seed, now.step, rate)
+        replay(take_step, m, now.n_rays, views, seed, now.step, rate)
         now.step, rays_since = now.step + 1, rays_since + now.n_rays
         if m.marches and now.step % min(refresh, 1 + now.step // 64) == 0:   # more often while the field takes shape
             n_cells = min(batch, grid**3)
-            update_occupancy(m, n_cells, now.cell, seed, now.step)
+            replay(update_occupancy, m, n_cells, now.cell, seed, now.step)
             now.cell = (now.cell + n_cells) % LAST_CELL
         now.progress = now.step / steps if steps is not None else (time.perf_counter() - start) / seconds
         if now.step % (read_every or READ_EVERY) == 0 or now.step in (1, 2, 4, 8) or now.progress >= 1.0:
@@ -2639,19 +2678,6 @@ def median_seconds(function, repeats=15):
     return float(np.median(times[1:]))
 
 
-@contextlib.contextmanager
-def wrapped_kernels(wrap):
-    """Every kernel is wrap(name, kernel) for a while."""
-    plain = {name: kernel for name, kernel in vars(k).items() if hasattr(kernel, "_is_wrapped_kernel")}
-    try:
-        for name, kernel in plain.items():
-            setattr(k, name, wrap(name, kernel))
-        yield
-    finally:
-        for name, kernel in plain.items():
-            setattr(k, name, kernel)
-
-
 def measure_floors(m):
     """What this machine can do at best, by NumPy on all cores: FLOP/s of a product, [2^15, 64] times [64, 64]; bytes/s
     of a copy, read and written; bytes/s of a gather of random rows of the parameters, read."""
@@ -2779,12 +2805,12 @@ def command_bench(args):
     rays = line["n_rays"]
 
     def step():
-        MODELS[m.name].step(m, rays, on_device, 0, line["step"], FINAL_RATE)
+        replay(MODELS[m.name].step, m, rays, on_device, 0, line["step"], FINAL_RATE)
         ti.sync()
 
     def update():
         if m.marches:
-            update_occupancy(m, min(settings["batch"], settings["grid"]**3), 0, 0, line["step"])
+            replay(update_occupancy, m, min(settings["batch"], settings["grid"]**3), 0, 0, line["step"])
             ti.sync()
 
     if m.marches:
