@@ -4459,7 +4459,7 @@ def test_commands(tmp_path, monkeypatch, capsys, recwarn):
         assert frame.shape == shape and np.array_equal(frame, imageio.imread(f"photos/run/test/00{i}.png"))
 
     step = [tinynerf.train_step, tinynerf.pick, tinynerf.compare, tinynerf.compare_pixels, tinynerf.march,
-            tinynerf.scan, tinynerf.forward, tinynerf.shade, tinynerf.backward,
+            tinynerf.scan, tinynerf.forward, tinynerf.mlp_forward, tinynerf.shade, tinynerf.backward,
             tinynerf.spread_backward, tinynerf.color_backward, tinynerf.field_backward, tinynerf.adam,
             tinynerf.load_weights]
     launched = set(re.findall(r"\bk\.([a-z]\w+)\(", "".join(map(inspect.getsource, step))))

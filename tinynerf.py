@@ -671,6 +671,11 @@ def probe(m, counter):
     k.probe_density(m.density.n_in, counter, m.march_feature, m.density.weight, m.march_sigma)
 
 
+def mlp_forward(m, net, counter, x, hidden, y):
+    """An MLP, from its inputs to its outputs; `hidden` has its layers then."""
+    k.mlp_forward(net.n_in, net.n_hidden, m.settings["march"], counter, x, net.weight, net.weight_out, hidden, y)
+
+
 def forward(m, n_rays, n_steps, first_code):
     """Marched samples to pixels: density decides which of them are kept, and only those go on. first_code: where in
     `params` the codes of the views begin."""
@@ -689,24 +694,19 @@ def forward(m, n_rays, n_steps, first_code):
 
 def shade(m, first_code):
     """The part of forward() that asks the field: from the features of samples to their density and color."""
-    net, counter, capacity = m.density, m.counter, m.settings["march"]
-    k.mlp_forward(net.n_in, net.n_hidden, capacity, counter, m.feature, net.weight, net.weight_out, m.density_hidden,
-                  m.geometry)
+    counter = m.counter
+    mlp_forward(m, m.density, counter, m.feature, m.density_hidden, m.geometry)
     k.density_head_forward(counter, m.geometry, m.rgb_sigma)
-
-    net = m.color
     k.color_input_forward(m.n_code, first_code, counter, m.geometry, m.sample_ray, m.ray, m.ray_code, m.params,
                           m.color_input)
-    k.mlp_forward(net.n_in, net.n_hidden, capacity, counter, m.color_input, net.weight, net.weight_out, m.color_hidden,
-                  m.color_raw)
+    mlp_forward(m, m.color, counter, m.color_input, m.color_hidden, m.color_raw)
     k.color_head_forward(counter, m.color_raw, m.rgb_sigma)
 
 
 def backward(m, n_rays):
     """Mirror of forward() for the samples that were kept, bottom to top: from grad_pixel to grad_params."""
     k.composite_backward(n_rays, m.ray_span, m.sample, m.rgb_sigma, m.pixel, m.grad_pixel, m.grad_rgb_sigma)
-    if m.space.unbounded:
-        spread_backward(m, n_rays)
+    spread_backward(m, n_rays, m.march_counter, m.ray_span, m.sample)
     color_backward(m, m.first_code)
     field_backward(m)
 
@@ -729,11 +729,12 @@ def field_backward(m):
     k.sum_partials(m.n_weights, chunk, pitch, m.density.first, counter, m.partial, m.grad_params)
 
 
-def spread_backward(m, n_rays):
-    """The distortion loss, into grad_rgb_sigma."""
-    k.distortion_forward(n_rays, m.ray_span, m.sample, m.rgb_sigma, m.distortion)
-    k.distortion_backward(n_rays, DISTORTION, m.march_counter, m.ray_span, m.sample, m.rgb_sigma, m.distortion,
-                          m.grad_rgb_sigma)
+def spread_backward(m, n_rays, counter, span, sample):
+    """The distortion loss of unbounded scenes, into grad_rgb_sigma."""
+    if m.space.unbounded:
+        k.distortion_forward(n_rays, span, sample, m.rgb_sigma, m.distortion)
+        k.distortion_backward(n_rays, m.settings.get("distortion", DISTORTION), counter, span, sample, m.rgb_sigma,
+                              m.distortion, m.grad_rgb_sigma)
 
 
 def color_backward(m, first_code):
@@ -780,8 +781,9 @@ def update_occupancy(m, n_cells, first, seed, step):
     all updates before, modulo LAST_CELL."""
     k.place_cell_samples(n_cells, first, m.settings["grid"], *step_size(m, m.settings["train_steps"]), seed, step,
                          m.live_counter, m.live_cell, m.march_sample, m.cell_counter)
-    if m.moves:
-        warp_cells(m, n_cells, seed, step)
+    if m.moves:                                      # each at some moment
+        k.pick_moments(n_cells, m.n_photos, seed, step, m.cell_view)
+        warp_march(m, n_cells, m.each_span, m.cell_view, m.first_code, m.cell_counter)
     probe(m, m.cell_counter)
     k.update_density_grid(first, m.decay or DECAY, m.cell_counter, m.live_counter, m.live_cell, m.march_sample,
                           m.march_sigma, m.density_grid)
@@ -870,12 +872,10 @@ def wrapped_kernels(wrap):
     """Every kernel is wrap(name, kernel) for a while."""
     plain = {name: kernel for name, kernel in vars(k).items() if hasattr(kernel, "_is_wrapped_kernel")}
     try:
-        for name, kernel in plain.items():
-            setattr(k, name, wrap(name, kernel))
+        vars(k).update((name, wrap(name, kernel)) for name, kernel in plain.items())
         yield
     finally:
-        for name, kernel in plain.items():
-            setattr(k, name, kernel)
+        vars(k).update(plain)
 
 
 def replay(launch, m, *arguments):
@@ -1118,7 +1118,7 @@ def sample_rays(m, n_rays, at, size, camera, jitter, seed, step):
         scan(n_rays, m.settings["block"], m.settings["march"], at.span, m.block_start, at.counter)
         k.sample_even(n_rays, n, bent, middle, jitter, seed, step, m.ray, at.span, m.ray_step, at.sample, at.sample_ray)
     else:
-        weight = family.weigh(m, n_rays)
+        weight = weigh(m, n_rays)
         k.count_even(n_rays, m.settings["fine"] + family.merge * n, m.ray, at.span)
         scan(n_rays, m.settings["block"], m.settings["march"], at.span, m.block_start, at.counter)
         k.sample_where_light_is(n_rays, m.settings["fine"], family.merge, bent, middle, jitter, seed, step, m.ray,
@@ -1127,7 +1127,7 @@ def sample_rays(m, n_rays, at, size, camera, jitter, seed, step):
 
 def deep_forward(m, at, of, camera):
     """Samples to densities, in the buffers `of` the model or of its proposals."""
-    net, mlp, counter, capacity, family = at.net, at.net.density, at.counter, m.settings["march"], MODELS[m.name]
+    net, counter, capacity, family = at.net, at.counter, m.settings["march"], MODELS[m.name]
     cones = (at.sample_ray, m.ray, m.ray_view, camera) if family.cones else ()
     space = (m.space.unbounded,) if m.endless else ()
     getattr(k, family.encoding + "_forward")(*space, counter, *cones, at.sample, of.feature)
@@ -1135,19 +1135,19 @@ def deep_forward(m, at, of, camera):
     for layer, y in zip(net.layers, of.hidden):
         k.layer_forward(layer.n_x, layer.n_h, layer.n_out, layer.row, capacity, counter, of.feature, h, net.weight, y)
         h = y
-    k.mlp_forward(mlp.n_in, mlp.n_hidden, capacity, counter, h, mlp.weight, mlp.weight_out, of.density_hidden,
-                  of.geometry)
+    mlp_forward(m, net.density, counter, h, of.density_hidden, of.geometry)
     getattr(k, family.density + "_forward")(counter, of.geometry, of.rgb_sigma)
 
 
 def sampled_forward(m, n_rays, at, camera):
-    """Samples to pixels."""
-    mlp, counter, capacity, family = at.net.color, at.counter, m.settings["march"], MODELS[m.name]
-    deep_forward(m, at, m, camera)
+    """Samples to pixels; those of proposals, which have no color, to densities alone."""
+    color, counter = at.net.color, at.counter
+    deep_forward(m, at, m if color else m.proposal, camera)
+    if not color:
+        return
     k.direction_input_forward(counter, m.geometry, at.sample_ray, m.ray, m.color_input)
-    k.mlp_forward(mlp.n_in, mlp.n_hidden, capacity, counter, m.color_input, mlp.weight, mlp.weight_out, m.color_hidden,
-                  m.color_raw)
-    getattr(k, family.color + "_forward")(counter, m.color_raw, m.rgb_sigma)
+    mlp_forward(m, color, counter, m.color_input, m.color_hidden, m.color_raw)
+    getattr(k, MODELS[m.name].color + "_forward")(counter, m.color_raw, m.rgb_sigma)
     k.composite_forward(n_rays, at.span, at.sample, m.rgb_sigma, m.pixel, m.depth)
 
 
@@ -1156,10 +1156,7 @@ def sampled_backward(m, n_rays, at):
     net, mlp, counter, capacity, family = at.net, at.net.color, at.counter, m.settings["march"], MODELS[m.name]
     chunk, pitch = m.settings["chunk"], m.pitch
     k.composite_backward(n_rays, at.span, at.sample, m.rgb_sigma, m.pixel, m.grad_pixel, m.grad_rgb_sigma)
-    if m.space.unbounded:
-        k.distortion_forward(n_rays, at.span, at.sample, m.rgb_sigma, m.distortion)
-        k.distortion_backward(n_rays, m.settings["distortion"], counter, at.span, at.sample, m.rgb_sigma, m.distortion,
-                              m.grad_rgb_sigma)
+    spread_backward(m, n_rays, counter, at.span, at.sample)
     getattr(k, family.color + "_backward")(counter, m.rgb_sigma, m.grad_rgb_sigma, m.grad_color_raw)
     k.mlp_backward_input(mlp.n_hidden, mlp.n_out, capacity, counter, m.color_hidden, mlp.weight_t, m.grad_color_raw,
                          m.grad_color_hidden, m.grad_color_input)
@@ -1209,29 +1206,14 @@ def draw_sampled_rays(m, n_rays):
         sampled_forward(m, n_rays, at, m.view_camera)
 
 
-def weigh_points(m, n_rays):
-    """NeRF's weights of the coarse samples, from their forward launches."""
-    k.weigh_samples(n_rays, 1e-5, m.coarse.span, m.coarse.sample, m.rgb_sigma, m.weight)
-    return m.weight
-
-
-def weigh_cones(m, n_rays):
-    """Mip-NeRF's."""
-    k.weigh_samples(n_rays, 0.0, m.coarse.span, m.coarse.sample, m.rgb_sigma, m.weight)
-    k.widen_weights(n_rays, 0.01, m.coarse.span, m.weight, m.wide_weight)
-    return m.wide_weight
-
-
-def propose(m, n_rays, size, camera, jitter, seed, step):
-    """Coarse samples of mip-NeRF 360, and their densities by the proposal network."""
-    sample_rays(m, n_rays, m.coarse, size, camera, jitter, seed, step)
-    deep_forward(m, m.coarse, m.proposal, camera)
-
-
-def weigh_proposals(m, n_rays):
-    """Mip-NeRF 360's weights."""
-    k.weigh_samples(n_rays, 0.0, m.coarse.span, m.coarse.sample, m.proposal.rgb_sigma, m.weight)
-    k.widen_weights(n_rays, 0.01, m.coarse.span, m.weight, m.wide_weight)
+def weigh(m, n_rays):
+    """Weights of the coarse samples in their pixels, from their forward launches; those of cones are widened."""
+    coarse, cones = m.coarse, MODELS[m.name].cones
+    rgb_sigma = (m if coarse.net.color else m.proposal).rgb_sigma
+    k.weigh_samples(n_rays, 0.0 if cones else 1e-5, coarse.span, coarse.sample, rgb_sigma, m.weight)
+    if not cones:
+        return m.weight
+    k.widen_weights(n_rays, 0.01, coarse.span, m.weight, m.wide_weight)
     return m.wide_weight
 
 
@@ -1239,9 +1221,9 @@ def proposed_step(m, n_rays, views, seed, step, learning_rate):
     """train_step() of mip-NeRF 360: the fine pixels have a loss, and then what they found has one for the proposals."""
     coarse, fine = m.coarse, m.fine
     pick(m, n_rays, views, seed)
-    propose(m, n_rays, views.size, views.camera, 1, seed, step)
-    sample_rays(m, n_rays, fine, views.size, views.camera, 1, seed, step)
-    sampled_forward(m, n_rays, fine, views.camera)
+    for at in (coarse, fine):
+        sample_rays(m, n_rays, at, views.size, views.camera, 1, seed, step)
+        sampled_forward(m, n_rays, at, views.camera)
     compare_pixels(m, n_rays, views, seed, step, fine.counter)
     sampled_backward(m, n_rays, fine)
     k.weigh_samples(n_rays, 0.0, fine.span, fine.sample, m.rgb_sigma, m.fine_weight)
@@ -1254,20 +1236,12 @@ def proposed_step(m, n_rays, views, seed, step, learning_rate):
     adam(m, step + 1, learning_rate)
 
 
-def draw_proposed_rays(m, n_rays):
-    """draw_rays() of mip-NeRF 360."""
-    propose(m, n_rays, m.view_size, m.view_camera, 0, 0, 0)
-    sample_rays(m, n_rays, m.fine, m.view_size, m.view_camera, 0, 0, 0)
-    sampled_forward(m, n_rays, m.fine, m.view_camera)
-
-
 def transient_forward(m, n_rays):
     """After forward(): pixels again, with the transient part, and their uncertainty."""
-    net, counter, capacity = m.transient_net, m.counter, m.settings["march"]
+    counter = m.counter
     k.color_input_forward(m.n_code, m.first_transient, counter, m.geometry, m.sample_ray, m.ray, m.ray_view, m.params,
                           m.transient_input)
-    k.mlp_forward(net.n_in, net.n_hidden, capacity, counter, m.transient_input, net.weight, net.weight_out,
-                  m.transient_hidden, m.transient_raw)
+    mlp_forward(m, m.transient_net, counter, m.transient_input, m.transient_hidden, m.transient_raw)
     k.transient_head_forward(counter, m.transient_raw, m.transient)
     k.composite_both_forward(n_rays, m.ray_span, m.sample, m.rgb_sigma, m.transient, m.pixel)
     k.uncertainty_forward(n_rays, m.ray_span, m.sample, m.transient, m.beta)
@@ -1278,8 +1252,7 @@ def transient_backward(m, n_rays):
     net, counter, capacity, chunk = m.transient_net, m.counter, m.settings["march"], m.settings["hash_chunk"]
     k.composite_both_backward(n_rays, m.ray_span, m.sample, m.rgb_sigma, m.transient, m.pixel, m.grad_pixel,
                               m.grad_rgb_sigma, m.grad_transient)
-    if m.space.unbounded:
-        spread_backward(m, n_rays)
+    spread_backward(m, n_rays, m.march_counter, m.ray_span, m.sample)
     k.uncertainty_backward(n_rays, TRANSIENT, m.march_counter, m.ray_span, m.sample, m.transient, m.beta, m.grad_beta,
                            m.grad_transient)
     k.transient_head_backward(counter, m.transient, m.grad_transient, m.grad_transient_raw)
@@ -1307,16 +1280,10 @@ def wild_step(m, n_rays, views, seed, step, learning_rate):
     adam(m, step + 1, learning_rate)
 
 
-def run_net(m, net, counter, x, raw):
-    """One of the MLPs around the field, from its input to its outputs; m.warp_hidden has its layers then."""
-    k.mlp_forward(net.n_in, net.n_hidden, m.settings["march"], counter, x, net.weight, net.weight_out, m.warp_hidden,
-                  raw)
-
-
 def warp_points(m, n, span, view, first_code, counter, x, sample, seen):
     """n points, or the samples of n rays, to the canonical scene; x: what the warp is told of them."""
     k.warp_input_forward(n, N_CODE, first_code, m.window, span, sample, view, m.params, x)
-    run_net(m, m.warp_net, counter, x, m.warp_raw)
+    mlp_forward(m, m.warp_net, counter, x, m.warp_hidden, m.warp_raw)
     k.warp_forward(counter, m.warp_raw, sample, seen)
 
 
@@ -1324,19 +1291,13 @@ def warp_march(m, n, span, view, first_code, counter):
     """What has been marched to the canonical scene, and, of many, which."""
     warp_points(m, n, span, view, first_code, counter, m.march_warp_input, m.march_sample, m.march_seen)
     if m.slices:
-        run_net(m, m.slice_net, counter, m.march_warp_input, m.slice_raw)
+        mlp_forward(m, m.slice_net, counter, m.march_warp_input, m.warp_hidden, m.slice_raw)
         k.ambient_forward(MLPS["density"][0], counter, m.slice_raw, m.march_feature)
 
 
-def warp_cells(m, n_cells, seed, step):
-    """Points in cells of the occupancy grid, each at some moment."""
-    k.pick_moments(n_cells, m.n_photos, seed, step, m.cell_view)
-    warp_march(m, n_cells, m.each_span, m.cell_view, m.first_code, m.cell_counter)
-
-
 def net_backward(m, net, counter, x, products, grad_raw, owner=None, view=None):
-    """Mirror of run_net(): from grad_raw to grad_params. products: what the layers put out, of what is differentiated;
-    owner, view: whose codes it was told, if any."""
+    """Mirror of mlp_forward(): from grad_raw to grad_params. products: what the layers of what is differentiated put
+    out; owner, view: whose codes it was told, if any."""
     capacity, chunk, add_chunk = m.settings["march"], m.settings["chunk"], m.settings["hash_chunk"]
     n_weights = k.WIDTH * count_rows(net.n_in, net.n_hidden, net.n_out)
     k.mlp_backward_input(net.n_hidden, net.n_out, capacity, counter, m.warp_hidden, net.weight_t, grad_raw,
@@ -1354,10 +1315,10 @@ def warp_backward(m, n_rays):
     k.keep_visible_samples(n_rays, m.march_span, m.march_seen, m.march_warp_input, m.march_sigma, m.ray_span, m.seen,
                            m.warp_input, m.sample_ray)
     if m.slices:
-        run_net(m, m.slice_net, m.counter, m.warp_input, m.slice_raw)
+        mlp_forward(m, m.slice_net, m.counter, m.warp_input, m.warp_hidden, m.slice_raw)
         k.ambient_backward(MLPS["density"][0], m.counter, m.slice_raw, m.grad_feature, m.grad_slice_raw)
         net_backward(m, m.slice_net, m.counter, m.warp_input, m.warp_hidden, m.grad_slice_raw, m.sample_ray, m.ray_view)
-    run_net(m, m.warp_net, m.counter, m.warp_input, m.warp_raw)
+    mlp_forward(m, m.warp_net, m.counter, m.warp_input, m.warp_hidden, m.warp_raw)
     k.hash_position_backward(m.n_levels, m.counter, m.level, m.sample, m.params, m.grad_feature, m.grad_position)
     k.warp_backward(m.counter, m.warp_raw, m.seen, m.grad_position, m.grad_warp_raw)
     net_backward(m, m.warp_net, m.counter, m.warp_input, m.warp_hidden, m.grad_warp_raw, m.sample_ray, m.ray_view)
@@ -1372,7 +1333,7 @@ def stiffen(m, n_rays, seed, step):
                         m.picked_view, m.picked_weight)
     k.warp_input_forward(3 * m.n_picked, N_CODE, m.first_code, m.window, m.each_span, m.picked, m.picked_view, m.params,
                          x)
-    run_net(m, net, counter, x, m.warp_raw)
+    mlp_forward(m, net, counter, x, m.warp_hidden, m.warp_raw)
     k.warp_tangent_input(m.window, counter, m.picked, m.tangent_input)
     k.mlp_tangent_forward(net.n_in, net.n_hidden, m.settings["march"], counter, m.tangent_input, m.warp_hidden,
                           net.weight, net.weight_out, m.tangent_hidden, m.tangent_raw)
@@ -1429,27 +1390,24 @@ def moments(m, n):
 
 # What a model is made of: its class; a training step, and the pixels of a picture, as lists of launches; the first and
 # last learning rate, if not those above; what differs in MACHINES; what its file says otherwise than MODEL_INFO has it.
-# Models that sample: number of networks; whether fine samples are added to coarse ones; where in its part of the ray
-# a sample lies; what coarse samples weigh; the encoding, and whether it is one of cones; the heads; what the loss of
-# coarse pixels counts. Of their settings, coarse and fine are samples per ray, blocks of 64 neurons a layer's width,
-# proposal that of the proposal network, distortion the strength of that loss in unbounded scenes.
-SAMPLED = dict(step=sampled_step, draw=draw_sampled_rays,
+# Models that sample: number of networks; whether fine samples are added to coarse ones; where in its part of the ray a
+# sample lies; the encoding, and whether it is one of cones; the heads; what the loss of coarse pixels counts. Of their
+# settings, coarse and fine are samples per ray, blocks of 64 neurons a layer's width, proposal that of the proposal
+# network, distortion the strength of that loss in unbounded scenes.
+SAMPLED = dict(step=sampled_step, draw=draw_sampled_rays, rates=(5e-3, 5e-4), density="density_softplus",
                info=dict(settings=dict(coarse=(1, 1024), fine=(1, 1024), blocks=(1, 4))))
 SAMPLED_CPU = dict(march=2**15, batch=2**13, frames=12, blocks=1)
 SAMPLED_GPU = dict(march=2**18, batch=2**17, blocks=4)
 MODELS = {name: types.SimpleNamespace(**parts) for name, parts in dict(
     ngp=dict(make=Model, step=train_step, draw=draw_rays, rates=None, settings=dict(cpu={}, gpu={}), info={}),
-    nerf=dict(SAMPLED, make=NeRF, rates=(5e-3, 5e-4), n_nets=2, merge=1, middle=0.0, weigh=weigh_points,
-              encoding="frequency_encode", cones=False, density="density_softplus", color="color_head",
-              coarse_loss=1.0, settings=dict(cpu=dict(SAMPLED_CPU, coarse=24, fine=24),
-                                             gpu=dict(SAMPLED_GPU, coarse=64, fine=128))),
-    mipnerf=dict(SAMPLED, make=MipNeRF, rates=(5e-3, 5e-4), n_nets=1, merge=0, middle=0.5, weigh=weigh_cones,
-                 encoding="integrated_encode", cones=True, density="density_softplus", color="color_wide",
-                 coarse_loss=0.1, settings=dict(cpu=dict(SAMPLED_CPU, coarse=32, fine=32),
-                                                gpu=dict(SAMPLED_GPU, coarse=128, fine=128))),
-    mipnerf360=dict(SAMPLED, make=MipNeRF360, step=proposed_step, draw=draw_proposed_rays, rates=(5e-3, 5e-4), n_nets=1,
-                    merge=0, middle=0.5, weigh=weigh_proposals, encoding="contracted_encode", cones=True,
-                    density="density_softplus", color="color_wide",
+    nerf=dict(SAMPLED, make=NeRF, n_nets=2, merge=1, middle=0.0, encoding="frequency_encode", cones=False,
+              color="color_head", coarse_loss=1.0, settings=dict(cpu=dict(SAMPLED_CPU, coarse=24, fine=24),
+                                                                 gpu=dict(SAMPLED_GPU, coarse=64, fine=128))),
+    mipnerf=dict(SAMPLED, make=MipNeRF, n_nets=1, merge=0, middle=0.5, encoding="integrated_encode", cones=True,
+                 color="color_wide", coarse_loss=0.1, settings=dict(cpu=dict(SAMPLED_CPU, coarse=32, fine=32),
+                                                                    gpu=dict(SAMPLED_GPU, coarse=128, fine=128))),
+    mipnerf360=dict(SAMPLED, make=MipNeRF360, step=proposed_step, n_nets=1, merge=0, middle=0.5,
+                    encoding="contracted_encode", cones=True, color="color_wide",
                     info=dict(settings=dict(coarse=(1, 1024), fine=(1, 1024), blocks=(1, 16), proposal=(1, 4))),
                     settings=dict(cpu=dict(SAMPLED_CPU, batch=2**11, coarse=24, fine=12, proposal=1, distortion=0.001),
                                   gpu=dict(SAMPLED_GPU, coarse=64, fine=32, proposal=4, distortion=0.001))),
@@ -1463,8 +1421,10 @@ MODELS = {name: types.SimpleNamespace(**parts) for name, parts in dict(
 def make_model(name, scene, space, arch, old={}):
     """A model, by its name, for a scene, and the scene's training views on the device; `old` has settings that it must
     have. It says how much memory that takes: UserError where there is not so much."""
-    check_model(name, space)
     make, n_photos = MODELS[name].make, count_photos(name, scene)
+    if space.unbounded and not make.endless:
+        raise UserError(f"--model {name} knows only scenes in a box, and this one has no end",
+                        "use --model ngp or mipnerf360, or an aabb_scale of 1 in transforms.json")
     settings = {**machine_settings(name, "cpu" if arch == "cpu" else "gpu", space.unbounded), **old}
     x, y, z = space.center
     print(f"placed around ({x:.3g}, {y:.3g}, {z:.3g}): " + (
@@ -2067,13 +2027,6 @@ def count_photos(name, scene):
     return len(scene.train.size) if scene.capture or make is WildModel or make.moves else 0
 
 
-def check_model(name, space):
-    """UserError if a model cannot do what a scene asks for."""
-    if space.unbounded and not MODELS[name].make.endless:
-        raise UserError(f"--model {name} knows only scenes in a box, and this one has no end",
-                        "use --model ngp or mipnerf360, or an aabb_scale of 1 in transforms.json")
-
-
 def start_taichi(arch):
     """Start Taichi on "cpu", "cuda", "vulkan", "metal", or the best of them ("auto"): (arch, device name).
 
@@ -2115,11 +2068,8 @@ def start_taichi(arch):
 def cpu_name():
     """What the operating system calls the processor, and the number of its cores."""
     name = platform.processor() or platform.machine() or "unknown"
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            name = re.search(r"model name\s*: (.*)", file.read()).group(1)
-    except (OSError, AttributeError):
-        pass
+    with contextlib.suppress(OSError, AttributeError), open("/proc/cpuinfo", encoding="utf-8") as file:
+        name = re.search(r"model name\s*: (.*)", file.read()).group(1)
     return f"{name}, {os.cpu_count()} cores"
 
 
@@ -2996,18 +2946,13 @@ def parse_args(argv):
         def error(self, message):
             raise UserError(message, f"see {self.prog} --help")
 
-    def positive(kind):
+    def number(kind, least, most):
         def parse(text):
             value = kind(text)
-            if not 0 < value < 1e9:
-                raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+            if not least <= value <= most:           # NaN is not <= either
+                raise argparse.ArgumentTypeError(f"{text} is not between {least} and {most}")
             return value
         return parse
-
-    def seed(text):
-        if not -2**31 <= int(text) < 2**31:
-            raise argparse.ArgumentTypeError(f"{text} does not fit into 32 bits")
-        return int(text)
 
     def size(text):
         match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text)
@@ -3015,16 +2960,7 @@ def parse_args(argv):
             raise argparse.ArgumentTypeError(f"{text} is not a size like 800x600")
         return int(match[1]), int(match[2])
 
-    def resolution(text):
-        if not 8 <= int(text) <= 1024:
-            raise argparse.ArgumentTypeError(f"{text} is not between 8 and 1024")
-        return int(text)
-
-    def moment(text):
-        if not math.isfinite(float(text)):
-            raise argparse.ArgumentTypeError(f"{text} is not a time")
-        return float(text)
-
+    count = number(int, 1, 10**9)
     parser = Parser(prog="tinynerf.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     parser_train = commands.add_parser("train", help="train on a scene and leave a run folder")
@@ -3033,18 +2969,19 @@ def parse_args(argv):
     parser_train.add_argument("--resume", metavar="RUN", help="go on with a run that was interrupted or killed")
     parser_train.add_argument("--out", help="run folder (default: the next free runs/SCENE)")
     length = parser_train.add_mutually_exclusive_group()
-    length.add_argument("--steps", type=positive(int), help="train for so many steps; repeats exactly on a CPU")
-    length.add_argument("--seconds", type=positive(float), help="train for so long (default on a CPU: 90)")
-    parser_train.add_argument("--downscale", type=positive(int), metavar="K", help="average KxK pixels")
-    parser_train.add_argument("--seed", type=seed, help="of every random number")
+    length.add_argument("--steps", type=count, help="train for so many steps; repeats exactly on a CPU")
+    length.add_argument("--seconds", type=number(float, 1e-9, 1e9), help="train for so long (default on a CPU: 90)")
+    parser_train.add_argument("--downscale", type=count, metavar="K", help="average KxK pixels")
+    parser_train.add_argument("--seed", type=number(int, -2**31, 2**31 - 1), help="of every random number")
     parser_train.add_argument("--overwrite", action="store_true", default=None,
                               help="replace the run folder --out if it exists")
     parser_train.add_argument("--watch", action="store_true", help="leave a picture, live.png, every few seconds")
     parser_render = commands.add_parser("render", help="render a trained model")
     parser_render.add_argument("run", help="run folder")
     parser_render.add_argument("--path", default="orbit", help="cameras: orbit, spiral, test, still, a file of poses")
-    parser_render.add_argument("--time", type=moment, help="freeze what moves at this moment (default: it moves)")
-    parser_render.add_argument("--frames", type=positive(int), help="how many (default: 96, or all there are)")
+    parser_render.add_argument("--time", type=number(float, -1e9, 1e9),
+                               help="freeze what moves at this moment (default: it moves)")
+    parser_render.add_argument("--frames", type=count, help="how many (default: 96, or all there are)")
     parser_render.add_argument("--depth", action="store_true", help="distances instead of colors: near is white")
     parser_render.add_argument("--size", type=size, metavar="WxH", help="image size (default: the training images')")
     parser_render.add_argument("--out", help=".mp4, .gif or a folder for PNGs (default: in the run folder)")
@@ -3054,17 +2991,18 @@ def parse_args(argv):
     parser_view = commands.add_parser("view", help="look at a trained model, or at one that trains meanwhile")
     parser_view.add_argument("what", metavar="RUN|SCENE", help="run folder, or folder of a scene")
     parser_view.add_argument("--size", type=size, metavar="WxH", help="of the window (default: 800 wide)")
-    parser_view.add_argument("--downscale", type=positive(int), default=1, metavar="K", help="average KxK pixels")
+    parser_view.add_argument("--downscale", type=count, default=1, metavar="K", help="average KxK pixels")
     parser_mesh = commands.add_parser("mesh", help="write a trained model's surface as a triangle mesh")
     parser_mesh.add_argument("run", help="run folder")
     parser_mesh.add_argument("-o", "--out", help=".ply (default: mesh.ply in the run folder)")
-    parser_mesh.add_argument("--resolution", type=resolution, default=256, metavar="N", help="cubes per side (256)")
+    parser_mesh.add_argument("--resolution", type=number(int, 8, 1024), default=256, metavar="N",
+                             help="cubes per side (256)")
     parser_bench = commands.add_parser("bench", help="time every kernel against what the machine can do")
     parser_bench.add_argument("scene", nargs="?", default="data/lego", help="folder of a scene (default: data/lego)")
     parser_bench.add_argument("--model", choices=MODELS, default="ngp", help="of what (default: ngp)")
     parser_bench.add_argument("--full", action="store_true", help="deep networks, samples a ray as many as on a GPU")
-    parser_bench.add_argument("--steps", type=positive(int), default=600, help="train for so many steps first")
-    parser_bench.add_argument("--downscale", type=positive(int), default=1, metavar="K", help="average KxK pixels")
+    parser_bench.add_argument("--steps", type=count, default=600, help="train for so many steps first")
+    parser_bench.add_argument("--downscale", type=count, default=1, metavar="K", help="average KxK pixels")
     for command in commands.choices.values():
         command.add_argument("--arch", choices=("auto", "cpu", "cuda", "vulkan", "metal"))
     parser_export = commands.add_parser("export", help="leave kernels and a model for programs in other languages")
