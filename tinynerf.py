@@ -2816,8 +2816,8 @@ def command_bench(args):
     whole = step_seconds + update_seconds / refresh
     print(f"\nstep {1e3 * step_seconds:.1f} ms ({1e3 * total:.1f} ms one kernel at a time), "
           f"{step_seconds / floor_total:.2f} times the sum of the floors, {1e3 * floor_total:.1f} ms\n"
-          f"update of the occupancy grid {1e3 * update_seconds:.1f} ms, every {refresh} steps\n"
-          f"{rays / whole / 1e6:.3f} M rays/s; M samples/s: "
+          + f"update of the occupancy grid {1e3 * update_seconds:.1f} ms, every {refresh} steps\n" * m.marches
+          + f"{rays / whole / 1e3:.1f} k rays/s; M samples/s: "
           + ", ".join(f"{n / whole / 1e6:.2f} {name}" for name, n in samples.items()))
     if args.full:                                    # a picture takes as long as training on as many rays
         return
