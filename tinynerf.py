@@ -885,13 +885,13 @@ def replay(launch, m, *arguments):
     launches, given = [], {}
     with wrapped_kernels(lambda name, kernel: lambda *values: launches.append((kernel, values))):
         launch(m, *arguments)
-    key = []
+    key = ()
     for kernel, values in launches:
         names = [f"buffer {id(x)}" if isinstance(x, ti.Ndarray) else f"scalar {len(given)}.{i}"
                  for i, x in enumerate(values)]
         given.update(zip(names, (x.item() if isinstance(x, np.generic) else x for x in values)))
-        key.append((kernel, *names))
-    if tuple(key) not in m.graphs:
+        key += (kernel, *names),
+    if key not in m.graphs:
         builder, known = ti.graph.GraphBuilder(), {}
         for kernel, *names in key:
             for name, kind in zip(names, kernel.__annotations__.values()):
@@ -900,8 +900,8 @@ def replay(launch, m, *arguments):
                 elif name not in known:
                     known[name] = ti.graph.Arg(ti.graph.ArgKind.SCALAR, name, kind)
             builder.dispatch(kernel, *(known[name] for name in names))
-        m.graphs[tuple(key)] = builder.compile()
-    m.graphs[tuple(key)].run(given)
+        m.graphs[key] = builder.compile()
+    m.graphs[key].run(given)
 
 
 # ---- The family: other models, of the stages in Part II of kernels.py -----------------------------------------------
