@@ -75,9 +75,6 @@ def rng():
     return np.random.default_rng(1)
 
 
-
-
-
 def assert_close(name, got, want, rtol):
     """Largest error relative to the largest entry of the reference, which may not be all zero."""
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
@@ -4846,7 +4843,7 @@ def golden_launches(rng, scene):
     scene("space")
     m, *_ = small_model(rng, SPACE, 3, march=700, rays=299, block=2, train_steps=16, render_steps=32, chunk=137,
                         hash_chunk=7)
-    camera = golden_scene(rng, m)
+    golden_scene(rng, m)
 
     scene("extra")
     k.list_pixels(131, 17, *(buf(np.zeros(140, np.int32)) for _ in range(3)))
