@@ -11,7 +11,7 @@ Rules that hold for the whole file:
   2. A kernel is one parallel loop. The loop index is the thread id, plus the loop's first index where that is not 0;
      threads of one launch do not communicate.
   3. Launches run in order, and all writes of one are visible to the next. There is no other synchronisation.
-  4. grad_x has the shape of x. Gradients of parameters accumulate (+=) until adam_step clears them, all others are
+  4. grad_x has the shape of x. Gradients of parameters accumulate (+=) from clear_gradients on, all others are
      overwritten (=), unless the docstring calls them in-out.
   5. A buffer entry has one writer per launch, except where the docstring has an 'atomic' line.
   6. The scene's box is the unit cube: positions are in [0, 1]^3, and lengths and 1/sigma are in units of its side. An
@@ -970,6 +970,18 @@ def hash_encode_forward(n_levels: ti.i32, counter: i32buf, level: i32buf, sample
 
 
 @ti.kernel
+def clear_gradients(n: ti.i32, first: ti.i32, grad_params: rowsF):
+    """grad_params = 0, in the n rows from `first` on. The hash table's are cleared right before hash_encode_backward adds
+    to them here and there: they have left the cache since the last step, and in order they come back much faster.
+
+    grad_params  [n_rows] rows of F  out
+    thread       one per row
+    """
+    for t in range(first, first + n):
+        grad_params[t] = rowF(0.0)
+
+
+@ti.kernel
 def hash_encode_backward(n_levels: ti.i32, n_chunks: ti.i32, chunk: ti.i32, counter: i32buf, level: i32buf,
                          sample: f32buf, grad_feature: rows64, grad_table: rowsF):
     """The transpose of hash_encode_forward, which is linear in the table:
@@ -1638,21 +1650,20 @@ def adam_step(n: ti.i32, first: ti.i32, learning_rate: ti.f32, beta_1: ti.f32, b
         params -= learning_rate m / (sqrt(v) + epsilon)
 
     The bias corrections sqrt(1 - beta_2^s) / (1 - beta_1^s) of step s, one count for all entries, are a factor that the
-    host puts into learning_rate.
+    host puts into learning_rate. Rows without any gradient are read and written, too: skipping them takes a CPU twice
+    as long, since it cannot foresee which ones they are.
     params  [n_rows] rows of F     in-out
-    grad    [n_rows] rows of F     in-out  cleared
+    grad    [n_rows] rows of F     in
     moment  [n_rows, 2] rows of F  in-out  m, v
     thread  one per row
     """
     for t in range(first, first + n):
         g = grad[t]
-        if g.max() > 0.0 or g.min() < 0.0:
-            m = ti.select(g == 0.0, moment[2 * t], beta_1 * moment[2 * t] + (1.0 - beta_1) * g)
-            v = ti.select(g == 0.0, moment[2 * t + 1], beta_2 * moment[2 * t + 1] + (1.0 - beta_2) * g * g)
-            moment[2 * t] = m
-            moment[2 * t + 1] = v
-            params[t] = params[t] + ti.select(g == 0.0, rowF(0.0), -learning_rate * m / (ti.sqrt(v) + epsilon))
-            grad[t] = rowF(0.0)
+        m = ti.select(g == 0.0, moment[2 * t], beta_1 * moment[2 * t] + (1.0 - beta_1) * g)
+        v = ti.select(g == 0.0, moment[2 * t + 1], beta_2 * moment[2 * t + 1] + (1.0 - beta_2) * g * g)
+        moment[2 * t] = m
+        moment[2 * t + 1] = v
+        params[t] = params[t] + ti.select(g == 0.0, rowF(0.0), -learning_rate * m / (ti.sqrt(v) + epsilon))
 
 
 # ---- Mesh: the surface on which `opacity`, the share of light that a given length would take, is 1/2, by marching
