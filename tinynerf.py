@@ -582,12 +582,11 @@ class Model:
         self.loss = self.new(f32, n_rays)
         self.distortion = self.new(f32, 3 * n_rays)
         self.grad_pixel = self.new(f32, 4 * n_rays)
-        self.grad_feature = self.new(k.row64, n)
-        self.grad_density_hidden = self.new(k.row64, n)
-        self.grad_geometry = self.new(k.row16, n)
         self.grad_color_input = self.new(k.row64, n)
         self.grad_color_hidden = self.new(k.row64, self.color.n_hidden * n)
-        self.grad_color_raw = self.new(k.row16, n)
+        # Gradients take the place of what nobody reads any more by then: less memory, and it is in the cache
+        self.grad_color_raw, self.grad_geometry = self.color_raw, self.geometry
+        self.grad_density_hidden, self.grad_feature = self.grad_color_hidden, self.color_input
         self.grad_rgb_sigma = self.new(f32, 4 * n)
         self.density_grid = self.new(f32, cells)                 # -1 in cells that are given up
         self.lit_step = self.new(i32, cells)                     # the last step in which light reached the cell
@@ -2833,9 +2832,14 @@ def command_bench(args):
 
 
 def named_buffers(m):
-    """All buffers of a model: {name: ndarray}; those of its MLPs as density.weight and so on."""
-    parts = {"": m, "density.": m.density, "color.": m.color}
-    return {part + name: x for part, of in parts.items() for name, x in vars(of).items() if isinstance(x, ti.Ndarray)}
+    """All buffers of a model: {name: ndarray}; those of its MLPs as density.weight and so on. One that has two names goes
+    by the first."""
+    parts, named = {"": m, "density.": m.density, "color.": m.color}, {}
+    for part, of in parts.items():
+        for name, x in vars(of).items():
+            if isinstance(x, ti.Ndarray) and all(x is not other for other in named.values()):
+                named[part + name] = x
+    return named
 
 
 def list_launches(m):
