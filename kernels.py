@@ -971,8 +971,8 @@ def hash_encode_forward(n_levels: ti.i32, counter: i32buf, level: i32buf, sample
 
 @ti.kernel
 def clear_gradients(n: ti.i32, first: ti.i32, grad_params: rowsF):
-    """grad_params = 0, in the n rows from `first` on. The hash table's are cleared right before hash_encode_backward adds
-    to them here and there: they have left the cache since the last step, and in order they come back much faster.
+    """grad_params = 0, in the n rows from `first` on. The hash table's are cleared right before hash_encode_backward
+    adds to them here and there: they have left the cache since the last step, and in order they come back much faster.
 
     grad_params  [n_rows] rows of F  out
     thread       one per row

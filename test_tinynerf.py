@@ -4457,8 +4457,8 @@ def test_commands(tmp_path, monkeypatch, capsys, recwarn):
 
     step = [tinynerf.train_step, tinynerf.pick, tinynerf.compare, tinynerf.compare_pixels, tinynerf.march,
             tinynerf.scan, tinynerf.forward, tinynerf.mlp_forward, tinynerf.shade, tinynerf.backward,
-            tinynerf.spread_backward, tinynerf.color_backward, tinynerf.field_backward, tinynerf.adam,
-            tinynerf.load_weights]
+            tinynerf.mlp_backward, tinynerf.spread_backward, tinynerf.color_backward, tinynerf.code_backward,
+            tinynerf.field_backward, tinynerf.adam, tinynerf.load_weights]
     launched = set(re.findall(r"\bk\.([a-z]\w+)\(", "".join(map(inspect.getsource, step))))
     only_photos = {"contract_samples", "distortion_forward", "distortion_backward", "code_backward"}
     assert set(tinynerf.step_work(tinynerf.Model(TINY, BOX), 1, 1, 1, 1, 1)) == launched - only_photos

@@ -675,6 +675,15 @@ def mlp_forward(m, net, counter, x, hidden, y):
     k.mlp_forward(net.n_in, net.n_hidden, m.settings["march"], counter, x, net.weight, net.weight_out, hidden, y)
 
 
+def mlp_backward(m, net, first, counter, x, hidden, grad_y, grad_hidden, grad_x, products=None):
+    """Mirror of mlp_forward(): from grad_y to grad_x, and to m.partial, from number `first` of its rows on. `hidden`
+    says what the ReLUs let through; products: what the layers put out, where that is something else."""
+    capacity = m.settings["march"]
+    k.mlp_backward_input(net.n_hidden, net.n_out, capacity, counter, hidden, net.weight_t, grad_y, grad_hidden, grad_x)
+    k.mlp_backward_weight(net.n_in, net.n_hidden, net.n_out, capacity, m.settings["chunk"], m.pitch, first, counter, x,
+                          hidden if products is None else products, grad_hidden, grad_y, m.partial)
+
+
 def forward(m, n_rays, n_steps, first_code):
     """Marched samples to pixels: density decides which of them are kept, and only those go on. first_code: where in
     `params` the codes of the views begin."""
@@ -712,21 +721,14 @@ def backward(m, n_rays):
 
 def field_backward(m):
     """The rest of backward(): from grad_color_input to grad_params."""
-    net, counter, capacity, chunk, pitch = m.color, m.counter, m.settings["march"], m.settings["chunk"], m.pitch
-    k.mlp_backward_weight(net.n_in, net.n_hidden, net.n_out, capacity, chunk, pitch, net.first - m.density.first,
-                          counter, m.color_input, m.color_hidden, m.grad_color_hidden, m.grad_color_raw, m.partial)
-
-    net = m.density
+    counter, chunk = m.counter, m.settings["hash_chunk"]
     k.density_head_backward(counter, m.rgb_sigma, m.grad_rgb_sigma, m.grad_color_input, m.grad_geometry)
-    k.mlp_backward_input(net.n_hidden, net.n_out, capacity, counter, m.density_hidden, net.weight_t, m.grad_geometry,
-                         m.grad_density_hidden, m.grad_feature)
-    k.mlp_backward_weight(net.n_in, net.n_hidden, net.n_out, capacity, chunk, pitch, 0, counter, m.feature,
-                          m.density_hidden, m.grad_density_hidden, m.grad_geometry, m.partial)
-    add_chunk = m.settings["hash_chunk"]
-    n_chunks = max(512, -(-capacity // add_chunk))                    # a CPU takes 512 turns of a loop as one task
+    mlp_backward(m, m.density, 0, counter, m.feature, m.density_hidden, m.grad_geometry, m.grad_density_hidden,
+                 m.grad_feature)
+    n_chunks = max(512, -(-m.settings["march"] // chunk))             # a CPU takes 512 turns of a loop as one task
     k.clear_gradients(m.n_slots, 0, m.grad_params)
-    k.hash_encode_backward(m.n_levels, n_chunks, add_chunk, counter, m.level, m.sample, m.grad_feature, m.grad_params)
-    k.sum_partials(m.n_weights, chunk, pitch, m.density.first, counter, m.partial, m.grad_params)
+    k.hash_encode_backward(m.n_levels, n_chunks, chunk, counter, m.level, m.sample, m.grad_feature, m.grad_params)
+    k.sum_partials(m.n_weights, m.settings["chunk"], m.pitch, m.density.first, counter, m.partial, m.grad_params)
 
 
 def spread_backward(m, n_rays, counter, span, sample):
@@ -739,13 +741,18 @@ def spread_backward(m, n_rays, counter, span, sample):
 
 def color_backward(m, first_code):
     """The part of backward() that ends in the views' codes: from grad_rgb_sigma to grad_color_input."""
-    net, counter, capacity, chunk = m.color, m.counter, m.settings["march"], m.settings["hash_chunk"]
-    k.color_head_backward(counter, m.rgb_sigma, m.grad_rgb_sigma, m.grad_color_raw)
-    k.mlp_backward_input(net.n_hidden, net.n_out, capacity, counter, m.color_hidden, net.weight_t, m.grad_color_raw,
-                         m.grad_color_hidden, m.grad_color_input)
+    k.color_head_backward(m.counter, m.rgb_sigma, m.grad_rgb_sigma, m.grad_color_raw)
+    mlp_backward(m, m.color, m.color.first - m.density.first, m.counter, m.color_input, m.color_hidden,
+                 m.grad_color_raw, m.grad_color_hidden, m.grad_color_input)
     if m.n_code:
-        k.code_backward(m.n_code, first_code, -(-capacity // chunk), chunk, counter, m.sample_ray, m.ray_code,
-                        m.grad_color_input, m.grad_params)
+        code_backward(m, m.n_code, first_code, m.counter, m.sample_ray, m.ray_code, m.grad_color_input)
+
+
+def code_backward(m, n_code, first, counter, owner, view, grad_input):
+    """From the inputs of an MLP to the codes among them."""
+    chunk = m.settings["hash_chunk"]
+    k.code_backward(n_code, first, -(-m.settings["march"] // chunk), chunk, counter, owner, view, grad_input,
+                    m.grad_params)
 
 
 def adam(m, step, learning_rate):
@@ -1155,28 +1162,23 @@ def sampled_forward(m, n_rays, at, camera):
 
 def sampled_backward(m, n_rays, at):
     """Mirror of sampled_forward(): from grad_pixel to grad_params."""
-    net, mlp, counter, capacity, family = at.net, at.net.color, at.counter, m.settings["march"], MODELS[m.name]
-    chunk, pitch = m.settings["chunk"], m.pitch
+    net, counter, family = at.net, at.counter, MODELS[m.name]
     k.composite_backward(n_rays, at.span, at.sample, m.rgb_sigma, m.pixel, m.grad_pixel, m.grad_rgb_sigma)
     spread_backward(m, n_rays, counter, at.span, at.sample)
     getattr(k, family.color + "_backward")(counter, m.rgb_sigma, m.grad_rgb_sigma, m.grad_color_raw)
-    k.mlp_backward_input(mlp.n_hidden, mlp.n_out, capacity, counter, m.color_hidden, mlp.weight_t, m.grad_color_raw,
-                         m.grad_color_hidden, m.grad_color_input)
-    k.mlp_backward_weight(mlp.n_in, mlp.n_hidden, mlp.n_out, capacity, chunk, pitch, mlp.first - net.first, counter,
-                          m.color_input, m.color_hidden, m.grad_color_hidden, m.grad_color_raw, m.partial)
+    mlp_backward(m, net.color, net.color.first - net.first, counter, m.color_input, m.color_hidden, m.grad_color_raw,
+                 m.grad_color_hidden, m.grad_color_input)
     deep_backward(m, at, m)
 
 
 def deep_backward(m, at, of):
     """Mirror of deep_forward(): from grad_rgb_sigma and grad_color_input to grad_params."""
-    net, mlp, counter, capacity, family = at.net, at.net.density, at.counter, m.settings["march"], MODELS[m.name]
+    net, counter, capacity, family = at.net, at.counter, m.settings["march"], MODELS[m.name]
     chunk, pitch, last = m.settings["chunk"], m.pitch, len(net.layers) - 1
     getattr(k, family.density + "_backward")(counter, of.rgb_sigma, m.grad_rgb_sigma, of.grad_color_input,
                                              m.grad_geometry)
-    k.mlp_backward_input(mlp.n_hidden, mlp.n_out, capacity, counter, of.density_hidden, mlp.weight_t, m.grad_geometry,
-                         m.grad_density_hidden, m.grad_hidden[last])
-    k.mlp_backward_weight(mlp.n_in, mlp.n_hidden, mlp.n_out, capacity, chunk, pitch, mlp.first - net.first, counter,
-                          of.hidden[last], of.density_hidden, m.grad_density_hidden, m.grad_geometry, m.partial)
+    mlp_backward(m, net.density, net.density.first - net.first, counter, of.hidden[last], of.density_hidden,
+                 m.grad_geometry, m.grad_density_hidden, m.grad_hidden[last])
     k.relu_backward(counter, of.hidden[last], m.grad_hidden[last])
     for l, layer in reversed(list(enumerate(net.layers))):
         before = max(l - 1, 0)
@@ -1251,20 +1253,16 @@ def transient_forward(m, n_rays):
 
 def transient_backward(m, n_rays):
     """Mirror of transient_forward() in place of backward(): from grad_pixel and grad_beta to grad_params."""
-    net, counter, capacity, chunk = m.transient_net, m.counter, m.settings["march"], m.settings["hash_chunk"]
+    net, counter = m.transient_net, m.counter
     k.composite_both_backward(n_rays, m.ray_span, m.sample, m.rgb_sigma, m.transient, m.pixel, m.grad_pixel,
                               m.grad_rgb_sigma, m.grad_transient)
     spread_backward(m, n_rays, m.march_counter, m.ray_span, m.sample)
     k.uncertainty_backward(n_rays, TRANSIENT, m.march_counter, m.ray_span, m.sample, m.transient, m.beta, m.grad_beta,
                            m.grad_transient)
     k.transient_head_backward(counter, m.transient, m.grad_transient, m.grad_transient_raw)
-    k.mlp_backward_input(net.n_hidden, net.n_out, capacity, counter, m.transient_hidden, net.weight_t,
-                         m.grad_transient_raw, m.grad_transient_hidden, m.grad_transient_input)
-    k.mlp_backward_weight(net.n_in, net.n_hidden, net.n_out, capacity, m.settings["chunk"], m.pitch,
-                          net.first - m.density.first, counter, m.transient_input, m.transient_hidden,
-                          m.grad_transient_hidden, m.grad_transient_raw, m.partial)
-    k.code_backward(m.n_code, m.first_transient, -(-capacity // chunk), chunk, counter, m.sample_ray, m.ray_view,
-                    m.grad_transient_input, m.grad_params)
+    mlp_backward(m, net, net.first - m.density.first, counter, m.transient_input, m.transient_hidden,
+                 m.grad_transient_raw, m.grad_transient_hidden, m.grad_transient_input)
+    code_backward(m, m.n_code, m.first_transient, counter, m.sample_ray, m.ray_view, m.grad_transient_input)
     color_backward(m, m.first_code)
     k.transient_input_backward(counter, m.grad_transient_input, m.grad_color_input)
     field_backward(m)
@@ -1300,16 +1298,11 @@ def warp_march(m, n, span, view, first_code, counter):
 def net_backward(m, net, counter, x, products, grad_raw, owner=None, view=None):
     """Mirror of mlp_forward(): from grad_raw to grad_params. products: what the layers of what is differentiated put
     out; owner, view: whose codes it was told, if any."""
-    capacity, chunk, add_chunk = m.settings["march"], m.settings["chunk"], m.settings["hash_chunk"]
-    n_weights = k.WIDTH * count_rows(net.n_in, net.n_hidden, net.n_out)
-    k.mlp_backward_input(net.n_hidden, net.n_out, capacity, counter, m.warp_hidden, net.weight_t, grad_raw,
-                         m.grad_warp_hidden, m.grad_warp_input)
-    k.mlp_backward_weight(net.n_in, net.n_hidden, net.n_out, capacity, chunk, m.pitch, 0, counter, x, products,
-                          m.grad_warp_hidden, grad_raw, m.partial)
-    k.sum_partials(n_weights, chunk, m.pitch, net.first, counter, m.partial, m.grad_params)
+    mlp_backward(m, net, 0, counter, x, m.warp_hidden, grad_raw, m.grad_warp_hidden, m.grad_warp_input, products)
+    k.sum_partials(k.WIDTH * count_rows(net.n_in, net.n_hidden, net.n_out), m.settings["chunk"], m.pitch, net.first,
+                   counter, m.partial, m.grad_params)
     if owner is not None:
-        k.code_backward(N_CODE, m.first_code, -(-capacity // add_chunk), add_chunk, counter, owner, view,
-                        m.grad_warp_input, m.grad_params)
+        code_backward(m, N_CODE, m.first_code, counter, owner, view, m.grad_warp_input)
 
 
 def warp_backward(m, n_rays):
@@ -2747,13 +2740,24 @@ def sampled_work(m, rays, coarse, fine):
     return work
 
 
+def print_budget(work, rates):
+    """What a step asks of a device: work as from step_work(); rates: FLOP/s, bytes/s in a row, scattered bytes/s."""
+    print("| kernel | MFLOP | MB in a row | MB scattered | floor, ms |\n|---|---|---|---|---|")
+    floors = {name: sum(amount / rates[kind] for kind, amount in asked.items()) for name, asked in work.items()}
+    for name in sorted(floors, key=lambda name: -floors[name]):
+        amounts = (f"{work[name].get(kind, 0) / 1e6:.1f}" for kind in rates)
+        print(f"| {name} | {' | '.join(amounts)} | {1e3 * floors[name]:.3f} |")
+    print(f"\na step takes at least {1e3 * sum(floors.values()):.2f} ms")
+
+
 def command_bench(args):
     """tinynerf.py bench: train for a while, then time every kernel of a step against what the machine can do."""
     scene = load_scene(args.scene, args.downscale)
     arch, device = start_taichi(args.arch)
-    own = MODELS[args.model].info.get("settings", {}) if args.full else {}
-    m, on_device = make_model(args.model, scene, place_scene(scene), arch,
-                              {name: machine_settings(args.model, "gpu")[name] for name in own})
+    space = place_scene(scene)
+    large = machine_settings(args.model, "gpu", space.unbounded)
+    own = large if args.budget else MODELS[args.model].info.get("settings", {}) if args.full else {}
+    m, on_device = make_model(args.model, scene, space, arch, {name: large[name] for name in own})
     line, settings, refresh = {}, m.settings, m.settings["refresh"]
     train(m, on_device, 0, steps=args.steps, report=lambda **now: line.update(now))
     rays = line["n_rays"]
@@ -2772,7 +2776,25 @@ def command_bench(args):
 
     start = time.perf_counter()
     step()
-    repeats = int(min(max(30.0 / (time.perf_counter() - start), 3), REPEATS))            # fewer where steps are slow
+    first_seconds = time.perf_counter() - start
+    first, last = int(m.march_counter.to_numpy()[0]), int(m.counter.to_numpy()[0])
+    samples = dict(coarse=first, fine=last)
+    if m.marches:
+        samples = dict(marched=first, probed=int((m.march_sigma.to_numpy()[:first] >= 0).sum()), kept=last)
+        before = m.moment.to_numpy()
+        step()
+        touched = int((m.moment.to_numpy() != before).reshape(-1, 2 * k.N_FEATURES).any(1).sum())
+        work = step_work(m, rays, *samples.values(), touched)
+    else:
+        work = sampled_work(m, rays, *samples.values())
+    counts = (f"{args.scene} after {line['step']} steps: {rays} rays, samples: "
+              + ", ".join(f"{n} {name}" for name, n in samples.items()))
+    if args.budget:
+        print(counts + "\n")
+        print_budget(work, dict(zip(("product", "copy", "gather"), (1e9 * rate for rate in args.budget))))
+        return
+
+    repeats = int(min(max(30.0 / first_seconds, 3), REPEATS))  # fewer where steps are slow
     step_seconds, update_seconds = median_seconds(step, repeats), median_seconds(update)
     seconds = {}
 
@@ -2792,21 +2814,10 @@ def command_bench(args):
             step()
     seconds = {name: float(np.median(times)) for name, times in seconds.items()}
 
-    first, last = int(m.march_counter.to_numpy()[0]), int(m.counter.to_numpy()[0])
-    samples = dict(coarse=first, fine=last)
-    if m.marches:
-        samples = dict(marched=first, probed=int((m.march_sigma.to_numpy()[:first] >= 0).sum()), kept=last)
-        before = m.moment.to_numpy()
-        step()
-        touched = int((m.moment.to_numpy() != before).reshape(-1, 2 * k.N_FEATURES).any(1).sum())
-        work = step_work(m, rays, *samples.values(), touched)
-    else:
-        work = sampled_work(m, rays, *samples.values())
     floors = measure_floors(m)
     work = {name: asked for name, asked in work.items() if seconds[name] and any(asked.values())}    # some have no work
-    print(f"{arch} ({device}), {args.scene} after {line['step']} steps: {rays} rays, samples: "
-          + ", ".join(f"{n} {name}" for name, n in samples.items()) +
-          f"\nfloors, by NumPy on the CPU: product {floors['product'] / 1e9:.0f} GFLOP/s, copy "
+    print(f"{arch} ({device}), {counts}\n"
+          f"floors, by NumPy on the CPU: product {floors['product'] / 1e9:.0f} GFLOP/s, copy "
           f"{floors['copy'] / 1e9:.1f} GB/s, gather {floors['gather'] / 1e9:.1f} GB/s\n\n"
           f"| kernel | ms | share | GFLOP/s | GB/s | floor, ms | ratio |\n|---|---|---|---|---|---|---|")
     total, floor_total = sum(seconds.values()), 0.0
@@ -2832,8 +2843,8 @@ def command_bench(args):
 
 
 def named_buffers(m):
-    """All buffers of a model: {name: ndarray}; those of its MLPs as density.weight and so on. One that has two names goes
-    by the first."""
+    """All buffers of a model: {name: ndarray}; those of its MLPs as density.weight and so on. One that has two names
+    goes by the first."""
     parts, named = {"": m, "density.": m.density, "color.": m.color}, {}
     for part, of in parts.items():
         for name, x in vars(of).items():
@@ -3010,6 +3021,9 @@ def parse_args(argv):
     parser_bench.add_argument("scene", nargs="?", default="data/lego", help="folder of a scene (default: data/lego)")
     parser_bench.add_argument("--model", choices=MODELS, default="ngp", help="of what (default: ngp)")
     parser_bench.add_argument("--full", action="store_true", help="deep networks, samples a ray as many as on a GPU")
+    parser_bench.add_argument("--budget", type=number(float, 1e-3, 1e9), nargs=3, metavar=("FLOPS", "ROW", "SCATTERED"),
+                              help="instead: what a step with a GPU's settings asks of one, at so many GFLOP/s, GB/s "
+                              "in a row, and scattered GB/s")
     parser_bench.add_argument("--steps", type=count, default=600, help="train for so many steps first")
     parser_bench.add_argument("--downscale", type=count, default=1, metavar="K", help="average KxK pixels")
     for command in commands.choices.values():
