@@ -2641,12 +2641,21 @@ def measure_floors(m):
                 lambda i, out: np.take(table, i, axis=0, out=out, mode="clip"), index, rows))))
 
 
+def mlp_work(passes):
+    """step_work() of the three kernels of MLPs, for a list of (MLP, samples forward, samples backward)."""
+    return {name: dict(product=sum(2 * k.WIDTH * count_rows(net.n_in, net.n_hidden, net.n_out) * samples[back]
+                                   for net, *samples in passes),
+                       copy=sum(4 * width(net) * samples[back] for net, *samples in passes))
+            for name, back, width in (
+                ("mlp_forward", 0, lambda net: net.n_in + k.WIDTH * net.n_hidden + k.OUTPUT),
+                ("mlp_backward_input", 1, lambda net: k.OUTPUT + k.WIDTH * (2 * net.n_hidden + 1)),
+                ("mlp_backward_weight", 1, lambda net: net.n_in + k.WIDTH * 2 * net.n_hidden + k.OUTPUT))}
+
+
 def step_work(m, rays, marched, probed, kept, touched):
     """What a training step asks of each kernel: {name: {floor: amount}}, FLOPs of products, bytes that must be read or
     written at least, in a row or (gather) scattered. Marching and random numbers are counted by their bytes, although
     they mostly compute. touched: rows of the parameters that have a gradient."""
-    flops = [2 * k.WIDTH * count_rows(net.n_in, net.n_hidden, net.n_out) for net in m.mlps]
-    forward = sum(flops[:2] if m.moves else flops)
     corners = 8 * m.n_levels * 4 * k.N_FEATURES                                  # bytes of table per sample
     work = dict(
         pick_pixels=dict(copy=4 * rays), generate_rays=dict(copy=60 * rays), count_samples=dict(copy=44 * rays),
@@ -2656,15 +2665,15 @@ def step_work(m, rays, marched, probed, kept, touched):
                         copy=12 * rays + 4 * marched + (16 + 4 * m.density.n_in) * probed),
         count_visible_samples=dict(copy=16 * rays + 4 * marched), mark_lit_cells=dict(copy=8 * rays + 20 * probed),
         keep_visible_samples=dict(copy=16 * rays + 4 * marched + (40 + 4 * 2 * k.WIDTH) * kept),
-        mlp_forward=dict(product=forward * kept), density_head_forward=dict(copy=68 * kept),
-        color_input_forward=dict(copy=196 * kept), color_head_forward=dict(copy=80 * kept),
+        density_head_forward=dict(copy=68 * kept), color_input_forward=dict(copy=196 * kept),
+        color_head_forward=dict(copy=80 * kept),
         composite_forward=dict(copy=80 * rays + 32 * kept), loss_and_gradient=dict(copy=48 * rays),
         composite_backward=dict(copy=40 * rays + 48 * kept), color_head_backward=dict(copy=96 * kept),
-        mlp_backward_input=dict(product=forward * kept), mlp_backward_weight=dict(product=forward * kept),
         density_head_backward=dict(copy=224 * kept), hash_encode_backward=dict(gather=2 * corners * kept),
         sum_partials=dict(copy=4 * m.n_weights * (kept // m.settings["chunk"] + 2)),
         adam_step=dict(copy=4 * k.N_FEATURES * m.n_rows, gather=24 * k.N_FEATURES * touched),
-        clear_gradients=dict(copy=4 * k.N_FEATURES * touched), load_weights=dict(copy=12 * m.n_weights))
+        clear_gradients=dict(copy=4 * k.N_FEATURES * touched), load_weights=dict(copy=12 * m.n_weights),
+        **mlp_work([(net, kept, kept) for net in m.mlps]))
     if m.space.unbounded:
         work.update(contract_samples=dict(copy=24 * marched), distortion_forward=dict(copy=20 * rays + 12 * kept),
                     distortion_backward=dict(copy=20 * rays + 20 * kept))
@@ -2678,20 +2687,19 @@ def step_work(m, rays, marched, probed, kept, touched):
     if m.n_code:
         work.update(code_backward=dict(copy=4 * (1 + m.n_code) * kept))
     if m.moves:
-        picked, warp = 3 * m.n_picked, flops[2]      # samples of the other losses
-        each, back = sum(flops[2:]) * (marched + kept), sum(flops[2:]) * kept
+        picked, field, (warp, *slices) = 3 * m.n_picked, m.mlps[:2], m.mlps[2:]      # samples of the other losses
+        passes = [(warp, marched + kept + 2 * picked, kept + 3 * picked),
+                  *((net, kept, kept) for net in field), *((net, marched + kept, kept) for net in slices)]
         work.update(
             warp_input_forward=dict(copy=276 * (marched + 2 * picked)), warp_forward=dict(copy=56 * (marched + picked)),
-            mlp_forward=dict(product=forward * kept + each + 2 * warp * picked),
-            mlp_backward_input=dict(product=forward * kept + back + 3 * warp * picked),
-            mlp_backward_weight=dict(product=forward * kept + back + 3 * warp * picked),
+            **mlp_work(passes), mlp_tangent_forward=mlp_work([(warp, picked, 0)])["mlp_forward"],
             keep_visible_samples=dict(copy=2 * work["keep_visible_samples"]["copy"]),
             hash_position_backward=dict(gather=corners * kept), warp_backward=dict(copy=80 * (kept + picked)),
-            code_backward=dict(copy=4 * (1 + N_CODE) * (len(flops) - 2) * (kept + 2 * picked)),
+            code_backward=dict(copy=4 * (1 + N_CODE) * (1 + len(slices)) * (kept + 2 * picked)),
             weigh_samples=dict(copy=4 * rays + 12 * kept), pick_kept_samples=dict(copy=60 * picked),
-            warp_tangent_input=dict(copy=276 * picked), mlp_tangent_forward=dict(product=warp * picked),
-            elastic_loss=dict(copy=160 * picked), pick_static_points=dict(copy=32 * picked),
-            pick_moments=dict(copy=4 * picked), static_loss=dict(copy=52 * picked))
+            warp_tangent_input=dict(copy=276 * picked), elastic_loss=dict(copy=160 * picked),
+            pick_static_points=dict(copy=32 * picked), pick_moments=dict(copy=4 * picked),
+            static_loss=dict(copy=52 * picked))
         if m.slices:
             work.update(ambient_forward=dict(copy=32 * marched), ambient_backward=dict(copy=32 * kept))
     return work
@@ -2702,10 +2710,10 @@ def sampled_work(m, rays, coarse, fine):
     n, family, proposed, chunk = coarse + fine, MODELS[m.name], m.nets[0].color is None, m.settings["chunk"]
     levels, twice = ((m.nets[0], coarse), (m.nets[-1], fine)), 2 * rays
     shaded, seen = (fine, rays) if proposed else (n, twice)                  # samples and rays that have color
-    mlps, layers, first = (2 * k.WIDTH * sum(samples * count(net) for net, samples in levels) for count in (
-        lambda net: sum(count_rows(mlp.n_in, mlp.n_hidden, mlp.n_out) for mlp in (net.density, net.color) if mlp),
-        lambda net: sum(layer.n_out * (layer.n_x + k.WIDTH * layer.n_h) for layer in net.layers),
-        lambda net: sum(layer.n_out * layer.n_x for layer in net.layers)))   # hand no gradient on
+    layers = [(layer.n_x, k.WIDTH * layer.n_h, k.WIDTH * layer.n_out, samples)
+              for net, samples in levels for layer in net.layers]
+    product = sum(2 * (n_x + n_h) * n_out * samples for n_x, n_h, n_out, samples in layers)
+    through = sum(4 * (n_x + n_h + n_out) * samples for n_x, n_h, n_out, samples in layers)
     n_mlps = k.WIDTH * sum(count_rows(mlp.n_in, mlp.n_hidden, mlp.n_out) for mlp in m.mlps)
     work = dict(
         pick_pixels=dict(copy=4 * rays), generate_rays=dict(copy=60 * twice), count_even=dict(copy=12 * twice),
@@ -2713,14 +2721,17 @@ def sampled_work(m, rays, coarse, fine):
         claim_spans=dict(copy=12 * twice), sample_even=dict(copy=20 * twice + 24 * coarse),
         weigh_samples=dict(copy=4 * twice + 12 * coarse),
         sample_where_light_is=dict(copy=24 * twice + 24 * coarse + 24 * fine),
-        **{family.encoding + "_forward": dict(copy=4 * (3 + k.WIDTH) * n)}, layer_forward=dict(product=layers),
-        mlp_forward=dict(product=mlps), direction_input_forward=dict(copy=4 * (17 + m.nets[-1].color.n_in) * shaded),
+        **{family.encoding + "_forward": dict(copy=4 * (3 + k.WIDTH) * n)},
+        layer_forward=dict(product=product, copy=through),
+        direction_input_forward=dict(copy=4 * (17 + m.nets[-1].color.n_in) * shaded),
         **{family.density + "_forward": dict(copy=8 * n), family.density + "_backward": dict(copy=136 * n)},
         **{family.color + "_forward": dict(copy=24 * shaded), family.color + "_backward": dict(copy=36 * shaded)},
         composite_forward=dict(copy=48 * seen + 24 * shaded), loss_and_gradient=dict(copy=48 * seen),
-        composite_backward=dict(copy=40 * seen + 36 * shaded), mlp_backward_input=dict(product=mlps),
-        mlp_backward_weight=dict(product=mlps), relu_backward=dict(copy=12 * k.WIDTH * n),
-        layer_backward_input=dict(product=layers - first), layer_backward_weight=dict(product=layers),
+        composite_backward=dict(copy=40 * seen + 36 * shaded), relu_backward=dict(copy=12 * k.WIDTH * n),
+        layer_backward_input=dict(product=sum(2 * n_h * n_out * samples for _, n_h, n_out, samples in layers),
+                                  copy=sum(4 * (n_h + n_out) * samples for _, n_h, n_out, samples in layers if n_h)),
+        layer_backward_weight=dict(product=product, copy=through),
+        **mlp_work([(mlp, samples, samples) for net, samples in levels for mlp in (net.density, net.color) if mlp]),
         sum_partials=dict(copy=4 * sum(net.n_weights * (samples // chunk + 2) for net, samples in levels)),
         adam_step=dict(copy=24 * k.N_FEATURES * m.n_rows), clear_gradients=dict(copy=4 * k.N_FEATURES * m.n_rows),
         load_weights=dict(copy=12 * n_mlps),
