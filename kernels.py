@@ -610,9 +610,9 @@ def sum_density_grid(n_cells: ti.i32, block: ti.i32, density_grid: f32buf, block
         total = 0.0
         number = 0.0
         for cell in range(block * t, ti.min(n_cells, block * (t + 1))):
-            if 0.0 <= density_grid[cell] < UNKNOWN:
-                total += density_grid[cell]
-                number += 1.0
+            known = 0.0 <= density_grid[cell] < UNKNOWN
+            total += ti.select(known, density_grid[cell], 0.0)
+            number += ti.select(known, 1.0, 0.0)
         block_density[2 * t] = total
         block_density[2 * t + 1] = number
 
