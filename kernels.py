@@ -610,7 +610,7 @@ def sum_density_grid(n_cells: ti.i32, block: ti.i32, density_grid: f32buf, block
         total = 0.0
         number = 0.0
         for cell in range(block * t, ti.min(n_cells, block * (t + 1))):
-            known = 0.0 <= density_grid[cell] < UNKNOWN
+            known = 0.0 <= density_grid[cell] < UNKNOWN              # no branch: a CPU takes several cells at once
             total += ti.select(known, density_grid[cell], 0.0)
             number += ti.select(known, 1.0, 0.0)
         block_density[2 * t] = total
