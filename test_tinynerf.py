@@ -5521,7 +5521,7 @@ PORT_BUGS = {
     "outlines: square pixels": ("carve_cells", "CAMERA * view + 12 + c", "CAMERA * view + 12"),
     "outlines upside down": ("carve_cells", "(1, -1)[c]", "(1, 1)[c]"),
     "one outline is enough": ("carve_cells", "if empty == CARVED_BY", "if empty > 0"),
-    "nothing beyond the picture": ("carve_cells", "inside = False", "high[c] = -1"),
+    "nothing beyond the picture": ("carve_cells", "inside = False", "high[c] = -2"),
     "outlines of cells' middles": ("carve_cells", "depth * x - room", "depth * x"),
     "what is black is not there": ("carve_cells", "] >> 24", "] & ti.u32(255)"),
     "unknown cells decay": ("update_density_grid", "density_grid[cell] >= UNKNOWN", "False"),
