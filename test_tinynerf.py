@@ -4310,6 +4310,7 @@ def test_option_mistakes(scene, mistake, tmp_path):
     mistake("--resolution", "mesh", scene, "--resolution", 4)
     mistake("--resolution", "mesh", scene, "--resolution", "fine")
     mistake("--steps", "bench", scene, "--steps", "0")
+    mistake("--budget", "bench", scene, "--budget", "1", "0", "1")
     mistake("not allowed with", "train", scene, "--steps", 5, "--seconds", 5)
     mistake("--downscale 9", "train", scene, "--downscale", 9, "--arch", ARCH)
     mistake("--downscale 9", "train", write_capture(tmp_path / "capture"), "--downscale", 9, "--arch", ARCH)
@@ -4466,6 +4467,12 @@ def test_commands(tmp_path, monkeypatch, capsys, recwarn):
     table = re.findall(r"^\| (\w+) \| ([\d.]+) \|", capsys.readouterr().out, re.M)
     assert {name for name, _ in table} == launched and only_photos < launched
     assert all(float(ms) > 0 for _, ms in table) and len(table) > 20
+    assert tinynerf.main(["bench", "photos", "--steps", "2", "--budget", "2", "4", "1", "--arch", ARCH]) == 0
+    budget = re.findall(r"^\| (\w+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", capsys.readouterr().out, re.M)
+    assert {name for name, *_ in budget} == launched
+    for name, flops, row, scattered, ms in budget:   # MFLOP at 2 GFLOP/s, MB at 4 and 1 GB/s; with one decimal each
+        assert abs(max(float(flops) / 2, float(row) / 4 + float(scattered)) - float(ms)) < 0.1, name
+    assert {name for name, flops, *_ in budget if float(flops)} >= {"mlp_forward", "mlp_backward_weight", "probe_rays"}
     warnings = {str(w.message).strip() for w in recwarn if not issubclass(w.category, DeprecationWarning)}
     assert not warnings, f"{len(warnings)} warnings on the user's terminal, such as: {min(warnings)[:200]}"
 

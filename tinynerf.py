@@ -2768,7 +2768,8 @@ def print_budget(work, rates):
 
 
 def command_bench(args):
-    """tinynerf.py bench: train for a while, then time every kernel of a step against what the machine can do."""
+    """tinynerf.py bench: train for a while, then time every kernel of a step against what the machine can do, or, with
+    --budget, print what it asks of another one."""
     scene = load_scene(args.scene, args.downscale)
     arch, device = start_taichi(args.arch)
     space = place_scene(scene)
