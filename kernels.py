@@ -128,15 +128,16 @@ def fill_uniform(n: ti.i32, first: ti.i32, bound: ti.f32, seed: ti.i32, params: 
 
 @ti.kernel
 def pick_pixels(n_rays: ti.i32, n_views: ti.i32, turn: ti.i32, first: ti.i32, seed: ti.i32, size: i32buf,
-                ray_pixel: i32buf, ray_view: i32buf, ray_code: i32buf):
+                margin: i32buf, ray_pixel: i32buf, ray_view: i32buf, ray_code: i32buf):
     """Pixels of a training batch, a piece of an endless list: a turn has one pixel of each view, the views in a random
-    order. In as many turns as a view has pixels, its epoch, each of these comes once, in a random order, which teaches
-    more than drawing them independently.
+    order. In as many turns as a view has pixels within its margins, its epoch, each of these comes once, in a random
+    order, which teaches more than drawing them independently.
 
     The batch begins with view `first` of a turn: turn, first = the rays of all steps before // n_views and % n_views.
     Each view has a code, see color_input_forward, and there is one more, the neutral code, which a share of all rays
     has instead: it comes to stand for what the photographs have in common, and new views are rendered with it.
     size       [n_views, 4]  in    first pixel, width, height, lens: see generate_rays
+    margin     [n_views, 4]  in    pixels on the left, above, on the right and below that are left out: see crop_views
     ray_pixel  [n_rays]      out   index of the pixel: size[view][0] + row * width + column
     ray_view   [n_rays]      out   the view
     ray_code   [n_rays]      out   the view, or n_views: neutral
@@ -145,8 +146,11 @@ def pick_pixels(n_rays: ti.i32, n_views: ti.i32, turn: ti.i32, first: ti.i32, se
     for r in range(n_rays):
         now = ti.u32(turn) + ti.u32((first + r) // n_views)
         v = shuffled(ti.u32((first + r) % n_views), n_views, seed, STREAM_VIEW, now, 0)
-        n = size[4 * v + 1] * size[4 * v + 2]
-        ray_pixel[r] = size[4 * v] + shuffled(now % ti.u32(n), n, seed, STREAM_PIXEL, now // ti.u32(n), v)
+        width = size[4 * v + 1] - margin[4 * v] - margin[4 * v + 2]
+        n = width * (size[4 * v + 2] - margin[4 * v + 1] - margin[4 * v + 3])
+        at = shuffled(now % ti.u32(n), n, seed, STREAM_PIXEL, now // ti.u32(n), v)
+        row, column = margin[4 * v + 1] + at // width, margin[4 * v] + at % width
+        ray_pixel[r] = size[4 * v] + row * size[4 * v + 1] + column
         ray_view[r] = v
         ray_code[r] = ti.select(r % NEUTRAL_EVERY == 0, n_views, v)
 
@@ -451,18 +455,36 @@ def mark_visible_cells(grid_size: ti.i32, unbounded: ti.i32, n_views: ti.i32, ne
         density_grid[t] = UNKNOWN if seen == 1 else -1.0
 
 
+@ti.func
+def footprint(p, radius, view, camera: ti.template()):
+    """First and last column and row of pixels, as a pair of vectors, in which a pinhole camera sees some of a sphere.
+
+    The sphere of radius rho around p, as the camera sees it, with d = -p_z > rho, lies between
+
+        x / depth = (d p_x -+ rho sqrt(d^2 + p_x^2 - rho^2)) / (d^2 - rho^2)        -p_y in place of p_x for rows
+
+    and thus between two columns, floor(cx + fx x / depth), and two rows.
+    """
+    low, high = ti.Vector([0, 0]), ti.Vector([0, 0])
+    depth = -p[2]
+    square = depth * depth - radius * radius
+    for c in ti.static(range(2)):
+        x = ti.static((1, -1)[c]) * p[c]                                     # rows count downwards
+        room = radius * ti.sqrt(square + x * x)
+        f, middle = camera[CAMERA * view + 12 + c], camera[CAMERA * view + 14 + c]
+        low[c] = ti.cast(ti.floor(ti.math.clamp(middle + f * (depth * x - room) / square, -1.0, 1e6)), ti.i32)
+        high[c] = ti.cast(ti.floor(ti.math.clamp(middle + f * (depth * x + room) / square, -1.0, 1e6)), ti.i32)
+    return low, high
+
+
 @ti.kernel
 def carve_cells(grid_size: ti.i32, n_views: ti.i32, size: i32buf, camera: f32buf, image: u32buf, density_grid: f32buf):
     """Cells in which CARVED_BY views see nothing at all, alpha 0, are marked -1, too. What is left is little more than
     the visual hull (Laurentini 1994); one view would do if silhouettes were never wrong. For pinhole cameras, and a
     scene in a box that does not move.
 
-    The sphere around the cell, of radius rho, with its middle p as the camera sees it and d = -p_z > rho, lies between
-
-        x / depth = (d p_x -+ rho sqrt(d^2 + p_x^2 - rho^2)) / (d^2 - rho^2)        -p_y in place of p_x for rows
-
-    and thus between two columns, floor(cx + fx x / depth), and two rows. All pixels of this rectangle, at most
-    FOOTPRINT of them, have to be in the image and 0; other views do not count.
+    All pixels in the footprint of the sphere around the cell, at most FOOTPRINT of them, have to be in the image and 0;
+    other views do not count.
     size          [n_views, 4]           in      see generate_rays
     camera        [n_views, 22]          in
     image         [pixels of all views]  in      see loss_and_gradient: alpha in the highest byte
@@ -476,19 +498,9 @@ def carve_cells(grid_size: ti.i32, n_views: ti.i32, size: i32buf, camera: f32buf
         view = ti.select(density_grid[t] >= 0.0, 0, n_views)
         while empty < CARVED_BY and view < n_views:
             p = seen_from(view, camera, center)
-            depth = -p[2]
-            if depth > radius:
-                low, high = ti.Vector([0, 0]), ti.Vector([0, 0])             # first and last column and row
-                inside = True
-                for c in ti.static(range(2)):
-                    x = ti.static((1, -1)[c]) * p[c]                         # rows count downwards
-                    square = depth * depth - radius * radius
-                    room = radius * ti.sqrt(square + x * x)
-                    f, middle = camera[CAMERA * view + 12 + c], camera[CAMERA * view + 14 + c]
-                    low[c] = ti.cast(ti.floor(ti.max(middle + f * (depth * x - room) / square, -1.0)), ti.i32)
-                    high[c] = ti.cast(ti.floor(ti.min(middle + f * (depth * x + room) / square, 1e6)), ti.i32)
-                    if low[c] < 0 or high[c] >= size[4 * view + 1 + c]:
-                        inside = False
+            if -p[2] > radius:
+                low, high = footprint(p, radius, view, camera)
+                inside = low.min() >= 0 and high[0] < size[4 * view + 1] and high[1] < size[4 * view + 2]
                 if inside and (high[0] - low[0] + 1) * (high[1] - low[1] + 1) <= FOOTPRINT:
                     alpha = ti.u32(0)
                     row = low[1]
@@ -539,6 +551,38 @@ def list_live_cells(grid_size: ti.i32, density_grid: f32buf, brick_span: i32buf,
             if density_grid[cell] >= 0.0:
                 live_cell[at] = cell
                 at += 1
+
+
+@ti.kernel
+def crop_views(grid_size: ti.i32, n_views: ti.i32, size: i32buf, camera: f32buf, counter: i32buf, live_cell: i32buf,
+               margin: i32buf):
+    """The rectangle of each view in which all live cells lie, after carve_cells: rays beside it meet nothing, and have
+    nothing to teach. It is around the footprints of the cells' spheres; all of the view where one is at the camera.
+
+    size       [n_views, 4]     in      see generate_rays
+    camera     [n_views, 22]    in
+    counter    [4]              in      [0] = live cells
+    live_cell  [grid_size^3]    in      from list_live_cells
+    margin     [n_views, 4]     in-out  columns on the left, rows above, columns on the right and rows below in which no
+                                        live cell lies; in: those around a pixel in the middle, so that one is left
+    thread     one per live cell and view; in a loop over views, some drivers lose atomics (Mesa's in software)
+    atomic     i32 min on margin
+    """
+    for t in range(counter[0] * n_views):
+        v = t % n_views
+        p = seen_from(v, camera, (cell_corner(live_cell[t // n_views], grid_size) + 0.5) / grid_size)
+        radius = 0.8660254 / grid_size
+        end = ti.Vector([size[4 * v + 1], size[4 * v + 2]])
+        low, high = ti.Vector([0, 0]), end - 1
+        if -p[2] > radius:
+            low, high = footprint(p, radius, v, camera)
+        if p[2] < radius and high.min() >= 0 and low[0] < end[0] and low[1] < end[1]:
+            for c in ti.static(range(2)):
+                before, behind = ti.max(low[c], 0), ti.max(end[c] - 1 - high[c], 0)
+                if before < margin[4 * v + c]:       # most are not, and atomics are slow
+                    ti.atomic_min(margin[4 * v + c], before)
+                if behind < margin[4 * v + 2 + c]:
+                    ti.atomic_min(margin[4 * v + 2 + c], behind)
 
 
 @ti.kernel
@@ -680,7 +724,7 @@ def pack_blocks(grid_size: ti.i32, occupancy: u32buf):
 # ---- Marching: count each ray's samples, scan the counts into spans, write the samples. Two walks instead of an atomic
 # counter keep the samples in ray order, whatever the order of threads. Training marches each ray to its end; rendering
 # goes in waves: march at most `limit` samples per ray, forward, composite, until no ray has any left. A ray that was
-# dropped for want of room keeps its ray_step: in rendering the next wave takes it.
+# dropped for want of room does not go on: in rendering the next wave takes it.
 
 @ti.func
 def step_distance(k, step_length, growth):
@@ -776,11 +820,11 @@ def count_samples(n_rays: ti.i32, limit: ti.i32, step_length: ti.f32, growth: ti
     """First walk: how many samples each ray wants, at most `limit`; none if no light gets through it any more. A ray
     ends with its first sample in a dark cell: if light does get there, mark_lit_cells will see it.
 
-    ray        [n_rays, 8]       in    see generate_rays
-    ray_step   [n_rays]          in    step to start from
-    pixel      [n_rays, 4]       in    [3] = T, the share of light that is still to come
-    occupancy  [2 n + n / 64]    in    see above
-    ray_span   [n_rays, 2]       out   [1] = number of samples
+    ray        [n_rays, 8]       in      see generate_rays
+    ray_step   [n_rays]          in-out  step to start from; out: that of the first sample, where there is one
+    pixel      [n_rays, 4]       in      [3] = T, the share of light that is still to come
+    occupancy  [2 n + n / 64]    in      see above
+    ray_span   [n_rays, 2]       out     [1] = number of samples
     thread     one per ray
     """
     for r in range(n_rays):
@@ -794,6 +838,8 @@ def count_samples(n_rays: ti.i32, limit: ti.i32, step_length: ti.f32, growth: ti
                 k, dark = next_sample(origin, direction, ray[8 * r + 3], ray[8 * r + 7], k, step_length, growth,
                                       unbounded, grid_size, occupancy)
                 if k < END:
+                    if count == 0:
+                        ray_step[r] = k              # so that the second walk need not look for it
                     count += 1
                 more = k < END and not dark
                 k += 1
@@ -868,10 +914,11 @@ def claim_spans(n_rays: ti.i32, block: ti.i32, block_start: i32buf, ray_span: i3
 def write_samples(n_rays: ti.i32, limit: ti.i32, step_length: ti.f32, growth: ti.f32, unbounded: ti.i32,
                   grid_size: ti.i32, ray: f32buf, ray_step: i32buf, occupancy: u32buf, ray_span: i32buf,
                   sample: f32buf):
-    """Second walk: the same steps as in count_samples, now written down. A port must round alike in both.
+    """Second walk: the same steps as in count_samples, from the first sample on, now written down. A port must round
+    alike in both.
 
     ray         [n_rays, 8]       in
-    ray_step    [n_rays]          in-out  step to start from; out: where the next wave goes on (END if the ray got
+    ray_step    [n_rays]          in-out  from count_samples; out: where the next wave goes on (END if the ray got
                                           fewer than `limit`: it left the box or is opaque; DARK if the last one is
                                           in a dark cell; unchanged if dropped)
     occupancy   [2 n + n / 64]    in

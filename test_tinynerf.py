@@ -188,13 +188,17 @@ def test_random(seed):
     assert abs(u.mean() - 1 / 2) < 0.02 and abs(u.var() - 1 / 12) < 0.004
 
     size = sizes(*[(5 + v % 3, 7 - v % 2, 0) for v in range(7)])
-    k.pick_pixels(1000, 7, 12, 3, seed, buf(size), pixel, view, code)
+    margin = np.stack([np.arange(28).reshape(7, 4) // 3 % 3, 2 * np.ones((7, 4), int)]).min(0)
+    k.pick_pixels(1000, 7, 12, 3, seed, buf(size), buf(margin), pixel, view, code)
     turns = np.arange(12, 156)
     want = np.concatenate([shuffled_model(7, seed, k.STREAM_VIEW, turn, 0) for turn in turns])[3:1003]
     at = np.zeros((len(turns), 7), int)
     for v, (first, width, height, _) in enumerate(size):
-        epochs = [shuffled_model(width * height, seed, k.STREAM_PIXEL, epoch, v) for epoch in range(8)]
-        at[:, v] = first + np.concatenate(epochs)[turns]
+        left, top, right, bottom = margin[v]
+        inner = first + np.arange(width * height).reshape(height, width)
+        inner = inner[top:height - bottom, left:width - right].ravel()
+        epochs = [inner[shuffled_model(inner.size, seed, k.STREAM_PIXEL, epoch, v)] for epoch in range(157)]
+        at[:, v] = np.concatenate(epochs)[turns]
     at = at[(np.arange(1000) + 3) // 7, want]
     assert np.array_equal(view.to_numpy(), want) and np.array_equal(pixel.to_numpy(), at)
     assert np.array_equal(code.to_numpy(), np.where(np.arange(1000) % k.NEUTRAL_EVERY == 0, 7, want))
@@ -208,7 +212,7 @@ def test_random(seed):
 def test_shuffled(n):
     """A pixel comes twice in an epoch or not at all, or the order of an epoch is one that a batch notices."""
     pixel, view, code = (buf(np.full(8 * n, 9)) for _ in range(3))
-    k.pick_pixels(8 * n, 2, 5 * n, 0, 7, buf(sizes((1, n, 0), (n, 1, 0))), pixel, view, code)
+    k.pick_pixels(8 * n, 2, 5 * n, 0, 7, buf(sizes((1, n, 0), (n, 1, 0))), buf(np.zeros(8, int)), pixel, view, code)
     views, pixels = view.to_numpy().reshape(4 * n, 2), pixel.to_numpy()
     assert (views.sum(1) == 1).all() and (n < 64 or 0.3 < views[:, 0].mean() < 0.7)
     epochs, other = (pixels[view.to_numpy() == v].reshape(4, n) - n * v for v in (0, 1))
@@ -519,6 +523,50 @@ def test_carve_cells(rng):
     assert goes.sum() > 500 and (got[goes] == -1).all() and set(got) == {-1.0, k.UNKNOWN}
 
 
+def test_crop_views(rng):
+    """A live cell is in sight outside of what training looks at, or that is larger than it has to be."""
+    grid, n = 16, 9
+    size = sizes(*[(60 + v, 44 - v, 0) for v in range(n)])
+    live = np.flatnonzero((abs(cell_centers(grid) - [0.6, 0.5, 0.45]) < [0.2, 0.15, 0.1]).all(1)
+                          & (rng.random(grid**3) < 0.2))
+    camera = np.array([look_at(0.5 + 1.4 * np.array([math.cos(v), math.sin(v), 0.5 - 0.2 * v]), [0.5, 0.45, 0.5],
+                               (0.8 + 0.3 * v) * width, width, height) for v, (_, width, height, _) in enumerate(size)])
+    camera[5] = look_at([1.9, 0.5, 0.5], [2.9, 0.5, 0.5], 50, *size[5, 1:3])              # looks away,
+    camera[6] = look_at([1.9, 0.5, 0.5], [0.6, 1.9, 0.45], 50, *size[6, 1:3])             # past it, on either side,
+    camera[7] = look_at([1.9, 0.5, 0.5], [0.6, -0.9, 0.45], 50, *size[7, 1:3])
+    camera[8] = look_at(cell_centers(grid)[live[3]], [0.9, 0.1, 0.5], 50, *size[8, 1:3])  # from within a live cell
+    camera[2, 14:16] += [2, -1]
+    camera[1, 13] *= 1.2
+    middle = size[:, 1:3] // 2
+    margin = buf(np.hstack([middle, size[:, 1:3] - 1 - middle]))
+    cells = np.append(live, np.arange(99))           # which are behind the end of the list
+    k.crop_views(grid, n, buf(size), buf(camera), buf(np.array([len(live), 1, 2, 3])), buf(cells), margin)
+    x = cell_centers(grid)[live]
+    direction = rng.normal(size=(400, 3))
+    sphere = x[:, None] + math.sqrt(0.75) / grid * direction / np.linalg.norm(direction, axis=1, keepdims=True)
+    inside = x[:, None] + rng.uniform(-0.5, 0.5, (len(x), 60, 3)) / grid
+    for v, (left, top, right, bottom) in enumerate(margin.to_numpy().reshape(n, 4)):
+        _, width, height, _ = size[v]
+        m, (fx, fy, cx, cy) = camera[v, :12].reshape(3, 4), camera[v, 12:16]
+        p, q = ((points - m[:, 3]) @ m[:, :3] for points in (inside, sphere))
+        p = p[p[..., 2] < -1e-3]
+        column, row = np.floor(cx - fx * p[:, 0] / p[:, 2]), np.floor(cy + fy * p[:, 1] / p[:, 2])
+        seen = (0 <= column) & (column < width) & (0 <= row) & (row < height)
+        assert seen.any() == (v not in (5, 6, 7))
+        assert (left <= column[seen]).all() and (column[seen] < width - right).all()
+        assert (top <= row[seen]).all() and (row[seen] < height - bottom).all()
+        if v == 8:
+            assert left == top == right == bottom == 0
+        elif v > 4:
+            assert np.array_equal([left, top, right, bottom], [*middle[v], *(size[v, 1:3] - 1 - middle[v])])
+        else:                                        # no larger than around the spheres, to a pixel, and the middle
+            column, row = cx - fx * q[..., 0] / q[..., 2], cy + fy * q[..., 1] / q[..., 2]
+            whole = (column.max(1) > 0) & (column.min(1) < width) & (row.max(1) > 0) & (row.min(1) < height)
+            low = np.minimum([column[whole].min(), row[whole].min()], middle[v]).clip(0)
+            end = np.maximum([column[whole].max(), row[whole].max()], middle[v] + 1).clip(None, [width, height])
+            assert (abs(low - [left, top]) < 2).all() and (abs(end - [width - right, height - bottom]) < 2).all()
+
+
 def test_fisheye_sees_cells(rng):
     """What a fisheye sees at more than a right angle to its axis is given up."""
     grid, size = 16, sizes((40, 40, 1))
@@ -782,10 +830,13 @@ def test_march_overflow(rng):
         assert m.march_counter.to_numpy().tolist() == [n_samples, kept, repeat * (n - kept), repeat * n_samples]
     span = m.march_span.to_numpy().reshape(n, 2)
     assert np.array_equal(span[:kept], full.march_span.to_numpy().reshape(n, 2)[:kept])
-    assert (span[kept:] == [-1, 0]).all() and (m.ray_step.to_numpy()[kept:] == 0).all()
-    sample = m.march_sample.to_numpy()
-    assert np.array_equal(sample[:5 * n_samples], full.march_sample.to_numpy()[:5 * n_samples])
-    assert (sample[5 * n_samples:] == -7).all()
+    assert (span[kept:] == [-1, 0]).all()
+    sample, want = m.march_sample.to_numpy(), full.march_sample.to_numpy()
+    assert np.array_equal(sample[:5 * n_samples], want[:5 * n_samples]) and (sample[5 * n_samples:] == -7).all()
+    full.ray_step.from_numpy(m.ray_step.to_numpy())  # now it is the turn of the others
+    tinynerf.march(full, n, k.END, N_STEPS)
+    assert np.array_equal(full.march_sample.to_numpy()[:5 * wanted[kept:].sum()], want[5 * n_samples:][
+        :5 * wanted[kept:].sum()]) and full.march_counter.to_numpy()[0] == wanted[kept:].sum() > 0
 
 
 def test_march_in_waves(rng):
@@ -1572,7 +1623,7 @@ def test_update_occupancy(rng, monkeypatch, space, limit):
     grid, n_cells = 16, 700
     m, table, W, _ = small_model(rng, space, march=n_cells)
     m.density_grid.fill(k.UNKNOWN)
-    tinynerf.list_live(m)
+    tinynerf.list_live(m, types.SimpleNamespace(outlined=False))
     tinynerf.update_occupancy(m, n_cells, 300, 5, 8)
     x = m.march_sample.to_numpy().reshape(-1, 5)[:, :3].astype(np.float64)
     cell, want = cell_index(x, grid), np.full(grid**3, k.UNKNOWN)
@@ -1596,7 +1647,8 @@ def views_to_learn(rng, size, focal=8, mask=False):
         camera[1:, 16:] = [0.1, -0.02, 0.01, -0.01, 0.01, 0.02]
         rgba[rng.random(len(rgba)) < 0.7, 3] = 255
     return rgba, camera, types.SimpleNamespace(pixels=buf(rgba.view("<u4")), size=buf(size), camera=buf(camera),
-                                               n=len(size), alpha="mask" if mask else "background", points=None)
+                                               margin=buf(np.zeros(4 * len(size), int)), n=len(size),
+                                               alpha="mask" if mask else "background", outlined=False, points=None)
 
 
 def check_gradients(name, rng, m, tensors, model, n_largest=1):
@@ -2799,18 +2851,19 @@ def view_images(views):
     return [tinynerf.view_image(views, i) for i in range(len(views.names))]
 
 
-def write_scene(folder, n_train=3, n_test=2, size=8, held_out="test", ending=".png"):
-    """The sphere as a folder in Blender's format."""
+def write_scene(folder, n_train=3, n_test=2, size=8, held_out="test", ending=".png", border=0):
+    """The sphere as a folder in Blender's format, with an empty border of so many pixels around it."""
     for split, n in (("train", n_train), (held_out, n_test)):
         if n:
             views = sphere_views(n, size, phase=float(split != "train"))
             os.makedirs(folder / split)
             frames = []
             for i in range(n):
-                imageio.imwrite(folder / split / f"r_{i}.png", view_images(views)[i])
+                rgba = np.pad(view_images(views)[i], ((border, border), (border, border), (0, 0)))
+                imageio.imwrite(folder / split / f"r_{i}.png", rgba)
                 pose = np.vstack([views.camera[i, :12].reshape(3, 4), [0, 0, 0, 1]])
                 frames.append(dict(file_path=f"./{split}/r_{i}" + ending, transform_matrix=pose.tolist()))
-            meta = dict(camera_angle_x=2 * math.atan(0.5 / 1.4), frames=frames)
+            meta = dict(camera_angle_x=2 * math.atan((0.5 + border / size) / 1.4), frames=frames)
             (folder / f"transforms_{split}.json").write_text(json.dumps(meta))
     return folder
 
@@ -3911,15 +3964,18 @@ def in_step(monkeypatch, step, do):
 @pytest.mark.parametrize("kind", ["scene", "capture"] if ON_CPU else ["capture"])
 def test_resume(tiny, monkeypatch, capsys, kind):
     """A run that was interrupted, twice, ends other than one that was not; or Ctrl-C leaves less than it should."""
+    shutil.rmtree("scene")
     if kind == "capture":
-        shutil.rmtree("scene")
         write_capture(tiny / "scene")
-    saved, save_arrays = [], tinynerf.save_arrays
+    else:
+        write_scene(tiny / "scene", n_train=8, size=24, border=12)
+    saved, save_arrays, margins, upload_views = [], tinynerf.save_arrays, [], tinynerf.upload_views
 
     def save(path, info, **arrays):
         saved.append((info.get("state", {}).get("step"), arrays))
         save_arrays(path, info, **arrays)
     monkeypatch.setattr(tinynerf, "save_arrays", save)
+    monkeypatch.setattr(tinynerf, "upload_views", lambda m, v: margins.append(upload_views(m, v)) or margins[-1])
     monkeypatch.setattr(tinynerf, "evaluate_fitted", lambda m, views: 0.0)                   # which takes long
     if not ON_CPU:                                   # in software, so do pictures
         monkeypatch.setattr(tinynerf, "render_view", lambda m, camera, width, height, lens=0: (
@@ -3948,6 +4004,9 @@ def test_resume(tiny, monkeypatch, capsys, kind):
     log = {run: [row.split(",") for row in (tiny / run / "log.csv").read_text().splitlines()] for run in runs}
     metrics = {run: json.loads((tiny / run / "metrics.json").read_text()) for run in runs}
     assert [row[0] for row in log["run"]] == [row[0] for row in log["whole"]]
+    margins = [views.margin.to_numpy() for views in margins]
+    assert len(margins) == 4 and all(np.array_equal(margin, margins[0]) for margin in margins)
+    assert (margins[0] > 5).all() == (kind == "scene") and (margins[0] > 0).any() == (kind == "scene")
     if ON_CPU:
         for got, want in zip(saved[-2:], saved[1:3]):                        # the last checkpoint, and the model
             assert all(np.array_equal(got[1][name], want[1][name]) for name in want[1])
@@ -4541,7 +4600,7 @@ TOLERANCE = 1e-5
 # logarithm of what is next to 1
 LOOSE = dict(integrated_encode_forward=3e-4, contracted_encode_forward=3e-4, density_softplus_backward=5e-4,
              transient_head_backward=2e-4, composite_both_backward=5e-4, elastic_loss=1e-2)
-ROUNDED = {"mark_visible_cells", "carve_cells", "count_samples", "write_samples", "probe_rays"}
+ROUNDED = {"mark_visible_cells", "carve_cells", "crop_views", "count_samples", "write_samples", "probe_rays"}
 
 
 def read_roles(kernel):
@@ -4663,6 +4722,7 @@ def golden_scene(rng, m, rate=1e-2):
     _, camera, views = views_to_learn(rng, size, 15, mask=True)
     views.alpha, views.points = "mask" if space.unbounded else "background", buf(np.linspace(0.1, 0.9, 15))
     if m.marches:
+        views.margin.from_numpy(np.array([0, 0, 0, 0, 1, 0, 2, 1, 0, 3, 1, 0], np.int32))
         bound = buf(np.zeros((len(size), 4)))
         k.bound_views(len(size), views.size, views.camera, bound)
         k.mark_visible_cells(16, space.unbounded, len(size), space.near, views.camera, bound, m.density_grid)
@@ -4671,7 +4731,7 @@ def golden_scene(rng, m, rate=1e-2):
         known = np.where(rng.random(len(grid)) < 0.04, rng.choice([k.UNKNOWN, -1], len(grid)), known)
         m.density_grid.from_numpy(np.where(grid < 0, grid, known).astype(np.float32))
         m.lit_step.from_numpy(rng.integers(0, 300, len(grid)).astype(np.int32))
-        tinynerf.list_live(m)
+        tinynerf.list_live(m, views)
     m.moment.from_numpy(rng.uniform(0, 1e-4, (2 * m.n_rows, F)).astype(np.float32))
     if m.marches:
         tinynerf.pack_occupancy(m, 300, 150)
@@ -4805,6 +4865,13 @@ def golden_grid(rng):
     image[..., :3] = rng.integers(0, 256, (5, 14, 20, 3))
     k.carve_cells(16, 5, buf(sizes(*[(20, 14, 0)] * 5)), buf(camera), buf(image.view("<u4").ravel()),
                   buf(rng.choice([-1, k.UNKNOWN, k.UNKNOWN, k.UNKNOWN], 4096)))
+    live = rng.choice(np.flatnonzero((abs(cell_centers(16) - [0.5, 0.5, 0.6]) < 0.2).all(1)), 160, replace=False)
+    camera = np.vstack([camera, look_at([1.9, 0.5, 0.5], [2.9, 0.5, 0.5], 14, 20, 14),
+                        look_at([1.9, 0.5, 0.5], [0.6, 1.9, 0.45], 14, 20, 14),
+                        look_at([1.9, 0.5, 0.5], [0.6, -0.9, 0.45], 14, 20, 14),
+                        look_at(cell_centers(16)[live[3]], [0.9, 0.1, 0.5], 14, 20, 14)])
+    k.crop_views(16, 9, buf(sizes(*[(20, 14, 0)] * 9)), buf(camera), buf(np.array([150, 1, 2, 3])), buf(live),
+                 buf(np.tile([10, 7, 9, 6], 9)))
     k.find_threshold(3, 0.5, buf(np.zeros(6)), buf(np.zeros(1)))
     k.find_threshold(3, 100.0, buf(uniform(rng, 6, low=1, high=9)), buf(np.zeros(1)))
     density = rng.choice([-1, 0, 0.25, 0.5, 0.5001, k.UNKNOWN], 2048)
@@ -5525,12 +5592,17 @@ PORT_BUGS = {
     "rays from pixels without light": ("generate_rays", "ti.select(length > 0.0, FAR, -1.0)", "FAR"),
     "a division by 0": ("generate_rays", "d = 1e-9", "d = 1e-5"),
     "nothing is too near": ("mark_visible_cells", " and p.norm() > near - radius", ""),
-    "outlines: square pixels": ("carve_cells", "CAMERA * view + 12 + c", "CAMERA * view + 12"),
-    "outlines upside down": ("carve_cells", "(1, -1)[c]", "(1, 1)[c]"),
+    "outlines: square pixels": ("carve_cells", "footprint", "CAMERA * view + 12 + c", "CAMERA * view + 12"),
+    "outlines upside down": ("carve_cells", "footprint", "(1, -1)[c]", "(1, 1)[c]"),
     "one outline is enough": ("carve_cells", "if empty == CARVED_BY", "if empty > 0"),
-    "nothing beyond the picture": ("carve_cells", "inside = False", "high[c] = -2"),
-    "outlines of cells' middles": ("carve_cells", "depth * x - room", "depth * x"),
+    "nothing beyond the picture": ("carve_cells", "if inside and ", "if low.min() >= 0 and "),
+    "outlines of cells' middles": ("carve_cells", "footprint", "depth * x - room", "depth * x"),
     "what is black is not there": ("carve_cells", "] >> 24", "] & ti.u32(255)"),
+    "the last column is cut off": ("crop_views", "end[c] - 1 - high[c]", "end[c] - high[c]"),
+    "what is behind is seen": ("crop_views", "if p[2] < radius and ", "if "),
+    "cells that are out of sight": ("crop_views", " and low[0] < end[0] and low[1] < end[1]", ""),
+    "margins for all": ("pick_pixels", "column = margin[4 * v + 1] + at // width, margin[4 * v]",
+                        "column = margin[1] + at // width, margin[0]"),
     "unknown cells decay": ("update_density_grid", "density_grid[cell] >= UNKNOWN", "False"),
     "cells given up are listed": ("list_live_cells", "density_grid[cell] >= 0.0", "True"),
     "cells that nobody looked at are not": ("count_live_cells", ">= 0.0", "< UNKNOWN"),
@@ -5774,8 +5846,8 @@ def test_launch_lists(steady):
              "first_view": 0}
     lists = json.loads(json.dumps(tinynerf.list_launches(other)))
     assert {launch[0] for part in lists.values() for launch in part} == set(CORE) - {
-        "carve_cells", "place_lattice_samples", "lattice_opacity", "count_mesh", "write_vertices", "write_triangles",
-        "load_vertices"}
+        "carve_cells", "crop_views", "place_lattice_samples", "lattice_opacity", "count_mesh", "write_vertices",
+        "write_triangles", "load_vertices"}
     assert len(lists) == 8
     for part in lists:                               # which are in the order that is right here
         given["first"] = 40 if part == "start_tile" else 70
@@ -5908,8 +5980,8 @@ def test_export(exported, export_folder, golden_files):
             assert file.read() == x.astype(x.dtype.newbyteorder("<")).tobytes(), name
     assert sum(4 * math.prod(x["shape"]) for x in model["buffers"].values()) == pytest.approx(size)
     assert set(model["kernels"]) == set(KERNELS)
-    given = {"views.pixels", "views.size", "views.camera", "views.n", "n_rays", "seed", "turn", "first_view",
-             "view_bound", "n_cells", "first", "limit"}
+    given = {"views.pixels", "views.size", "views.camera", "views.margin", "views.n", "n_rays", "seed", "turn",
+             "first_view", "view_bound", "n_cells", "first", "limit"}
     for name, *arguments in (launch for part in model["launches"].values() for launch in part):
         assert len(arguments) == len(model["kernels"][name]["arguments"])
         assert {x for x in arguments if isinstance(x, str)} <= set(model["buffers"]) | given

@@ -771,18 +771,20 @@ def start_occupancy(m, views, view_bound):
     grid, space = m.settings["grid"], m.space
     k.bound_views(views.n, views.size, views.camera, view_bound)
     k.mark_visible_cells(grid, space.unbounded, views.n, space.near, views.camera, view_bound, m.density_grid)
-    if views.outlined and not m.space.unbounded and not m.moves:
+    if views.outlined:
         k.carve_cells(grid, views.n, views.size, views.camera, views.pixels, m.density_grid)
-    list_live(m)
+    list_live(m, views)
     pack_occupancy(m, 0, k.END)
 
 
-def list_live(m):
-    """The live cells, which are what updates of the occupancy grid look at."""
+def list_live(m, views):
+    """The live cells, which are what updates of the occupancy grid look at, and the part of each view they lie in."""
     grid, n_bricks = m.settings["grid"], m.settings["grid"] ** 3 // 32
     k.count_live_cells(grid, m.density_grid, m.brick_span)
     scan(n_bricks, 32, grid**3, m.brick_span, m.brick_start, m.live_counter)
     k.list_live_cells(grid, m.density_grid, m.brick_span, m.live_cell)
+    if views.outlined:
+        k.crop_views(grid, views.n, views.size, views.camera, m.live_counter, m.live_cell, views.margin)
 
 
 def update_occupancy(m, n_cells, first, seed, step):
@@ -827,7 +829,7 @@ def compare_pixels(m, n_rays, views, seed, step, counter):
 
 def pick(m, n_rays, views, seed):
     """The pixels of a training step."""
-    k.pick_pixels(n_rays, views.n, *m.next_view, seed, views.size, m.ray_pixel, m.ray_view, m.ray_code)
+    k.pick_pixels(n_rays, views.n, *m.next_view, seed, views.size, views.margin, m.ray_pixel, m.ray_view, m.ray_code)
 
 
 def train_step(m, n_rays, views, seed, step, learning_rate):
@@ -866,14 +868,19 @@ def to_cube(camera, space):
 
 
 def upload_views(m, views):
-    """Views (see load_scene) on the device: pixels u32, size [n, 4] i32, camera [n, 22] f32 in the unit cube."""
+    """Views (see load_scene) on the device: pixels u32, size and margin [n, 4] i32, camera [n, 22] f32 in the unit
+    cube. They are outlined only where that is of use: cells of the occupancy grid can be empty, and stay so."""
     pixels, size = m.new(ti.u32, views.pixels.size), m.new(ti.i32, views.size.size)
-    camera = m.new(ti.f32, views.camera.size)
+    camera, margin = m.new(ti.f32, views.camera.size), m.new(ti.i32, views.size.size)
     pixels.from_numpy(views.pixels)
     size.from_numpy(views.size.ravel())
     camera.from_numpy(to_cube(views.camera, m.space).ravel())
-    return types.SimpleNamespace(pixels=pixels, size=size, camera=camera, n=len(views.size), alpha=views.alpha,
-                                 outlined=views.outlined, points=None)
+    outlined = views.outlined and m.marches and not m.space.unbounded and not m.moves
+    if outlined:                                                 # see k.crop_views
+        middle = views.size[:, 1:3] // 2
+        margin.from_numpy(np.hstack([middle, views.size[:, 1:3] - 1 - middle]).ravel())
+    return types.SimpleNamespace(pixels=pixels, size=size, camera=camera, margin=margin, n=len(views.size),
+                                 alpha=views.alpha, outlined=outlined, points=None)
 
 
 @contextlib.contextmanager
@@ -1480,7 +1487,7 @@ def train(m, views, seed, steps=None, seconds=None, report=lambda **line: None, 
             getattr(m, name).from_numpy(resume[1][name])
         load_weights(m)
         if m.marches:
-            list_live(m)
+            list_live(m, views)
     m.bad_step.fill(k.NEVER)
     ti.sync()
     compile_seconds = time.perf_counter() - start
@@ -2876,7 +2883,8 @@ def list_launches(m):
     Arguments are numbers, names of buffers, and names of what the caller of that function gives."""
     names, lists, n_steps = {id(x): name for name, x in named_buffers(m).items()}, {}, m.settings["render_steps"]
     views = types.SimpleNamespace(pixels="views.pixels", size="views.size", camera="views.camera", n="views.n",
-                                  alpha="mask" if m.n_code else "background", outlined=True)
+                                  margin="views.margin", outlined=not m.space.unbounded,
+                                  alpha="mask" if m.n_code else "background")
     m.next_view = ("turn", "first_view")
     calls = dict(
         initialize=lambda: m.initialize("seed"), load_weights=lambda: load_weights(m),
@@ -2898,13 +2906,13 @@ EXPORT_NOTES = dict(
     buffers="Flat, row-major, little-endian, 4 bytes a number. Those with a file have its contents, the others are 0 "
             "at first. Sizes are those of `settings`: another march, rays, block and chunk make others.",
     launches="By function of tinynerf.py: [kernel, argument, ...] in order, a number or a name each: of a buffer, or "
-             "of what the caller gives: pixels, size and camera of the views to train on, view_bound [n_views, 4], "
-             "n_rays, n_cells, seed, turn, first_view, first, limit. turn, first_view = rays of all steps before // "
-             "n_views and % n_views. update_occupancy comes after start_occupancy, its `first` is the sum of n_cells "
-             f"of all updates before, modulo {LAST_CELL}. carve_cells is for pinhole cameras whose alpha is 0 where "
-             "nothing is. `step` is 0 here, and adam_step's learning_rate that of step 0 at a rate of 1: see adam(). "
-             "load_weights comes first; a picture is start_tile and then march, forward, until march finds nothing: "
-             "see render_view().",
+             "of what the caller gives: pixels, size, camera and margin of the views to train on, view_bound "
+             "[n_views, 4], n_rays, n_cells, seed, turn, first_view, first, limit. turn, first_view = rays of all "
+             "steps before // n_views and % n_views. update_occupancy comes after start_occupancy, its `first` is the "
+             f"sum of n_cells of all updates before, modulo {LAST_CELL}. carve_cells and crop_views are for pinhole "
+             "cameras whose alpha is 0 where nothing is; without them, margins are 0. `step` is 0 here, and "
+             "adam_step's learning_rate that of step 0 at a rate of 1: see adam(). load_weights comes first; a "
+             "picture is start_tile and then march, forward, until march finds nothing: see render_view().",
     tasks="What Taichi makes of a kernel: SPIR-V 1.3 in kernels/, entry point main, to be dispatched one after the "
           "other with a barrier between; bindings are of descriptor set 0. The first of two is one thread that "
           "computes the loop's bounds into `temporaries`, a storage buffer for the second (Taichi gives it 1 MB; it "
