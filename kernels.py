@@ -16,8 +16,8 @@ Rules that hold for the whole file:
   5. A buffer entry has one writer per launch, except where the docstring has an 'atomic' line.
   6. The scene's box is the unit cube: positions are in [0, 1]^3, and lengths and 1/sigma are in units of its side. An
      unbounded scene is all of space, bent into the cube by `contract`; its lengths are those before bending.
-  7. Indices are i32: n_levels * samples, the pixels of all views, 4 * slots of the table, 8 * rays and `first` + n stay
-     below 2^31.
+  7. Indices are i32: n_levels * samples, the pixels of all views, 4 * slots of the table, 8 * rays, `first` + n and, in
+     crop_views, cells * views stay below 2^31.
   8. It reads as Python: x & 1 == 1 is (x & 1) == 1, and a <= x < b both. Literals are f32; // and % meet no negative
      numbers. Where i32 and f32 meet, the i32 is converted first; / is always f32. Compilers may contract products and
      sums, and reorder sums. u32 is modulo 2^32; counter[2] and counter[3], which wrap around, too.
@@ -26,8 +26,8 @@ Nothing here uses autodiff, 64-bit or 16-bit types, shared memory, subgroups, re
 
 Index letters: r ray, v view, i sample, k step or sample along a ray, l level, j input and o output of a layer,
 c component, t thread (and distance along a ray, where there is one), b block.
-Counts made on the device stay there: a buffer `counter` [4] i32, one each for the samples that are marched, for those
-that are kept, for the live cells of the occupancy grid and for what an update of the grid looks at, holds
+Counts are made on the device, in buffers `counter` [4] i32: one of the samples that are marched, one of those that are
+kept, one of the live cells of the occupancy grid, one of the cells that an update of the grid looks at. Each holds
     [0] n_samples, the samples in the buffers now, at most their capacity     [1] rays that got their samples
     running totals: [2] rays dropped because no room was left (scan_blocks)   [3] samples
 "thread one per sample" means counter[0] threads: elsewhere, launch `capacity` threads and return where i >= counter[0].
@@ -39,7 +39,7 @@ OUTPUT = 16           # most outputs an MLP has: the density MLP's; the color ML
 N_FEATURES = 4        # F: features of a hash-table slot, and numbers in a row of the parameters
 UNKNOWN = 1e9         # density of a cell that nobody has looked at yet: it counts as occupied
 FOOTPRINT = 4096      # most pixels of a view that are looked at for a cell
-CARVED_BY = 3         # views, best from different places, that have to see nothing in a cell before it is given up
+CARVED_BY = 3         # views that have to see nothing in a cell before it is given up: the first such in their list
 END = 1 << 30         # step index of a ray that has left the box, or that no light gets through any more
 DARK = END + 1        # step index of a ray that has ended in a dark cell
 NEVER = 2**31 - 1     # the first step whose loss is no finite number, while there is none
@@ -130,8 +130,8 @@ def fill_uniform(n: ti.i32, first: ti.i32, bound: ti.f32, seed: ti.i32, params: 
 def pick_pixels(n_rays: ti.i32, n_views: ti.i32, turn: ti.i32, first: ti.i32, seed: ti.i32, size: i32buf,
                 margin: i32buf, ray_pixel: i32buf, ray_view: i32buf, ray_code: i32buf):
     """Pixels of a training batch, a piece of an endless list: a turn has one pixel of each view, the views in a random
-    order. In as many turns as a view has pixels within its margins, its epoch, each of these comes once, in a random
-    order, which teaches more than drawing them independently.
+    order. A view's epoch is as many turns as it has pixels within its margins: each comes once, in a random order,
+    which teaches more than independent draws.
 
     The batch begins with view `first` of a turn: turn, first = the rays of all steps before // n_views and % n_views.
     Each view has a code, see color_input_forward, and there is one more, the neutral code, which a share of all rays
@@ -419,7 +419,7 @@ def mark_visible_cells(grid_size: ti.i32, unbounded: ti.i32, n_views: ti.i32, ne
     """Cells that no camera sees are marked -1 for good: nothing would ever correct a guess made there.
 
     A cell counts as seen unless the sphere around it lies outside one of the pyramid of view's four sides, behind the
-    camera, or nearer than `near`. A fisheye whose bounds are 1e4 may see all around itself.
+    camera, or nearer than `near`. A view whose bounds are 1e4 may see all around itself.
     camera        [n_views, 22]   in    see generate_rays
     view_bound    [n_views, 4]    in    from bound_views
     density_grid  [grid_size^3]   out   UNKNOWN where a camera sees the cell, -1 elsewhere
@@ -556,17 +556,18 @@ def list_live_cells(grid_size: ti.i32, density_grid: f32buf, brick_span: i32buf,
 @ti.kernel
 def crop_views(grid_size: ti.i32, n_views: ti.i32, size: i32buf, camera: f32buf, counter: i32buf, live_cell: i32buf,
                margin: i32buf):
-    """The rectangle of each view in which all live cells lie, after carve_cells: rays beside it meet nothing, and have
-    nothing to teach. It is around the footprints of the cells' spheres; all of the view where one is at the camera.
+    """The rectangle of each view that holds all live cells in sight, after carve_cells: rays beside it meet nothing,
+    and have nothing to teach. It is around a pixel in the middle and the footprints of the cells' spheres; all of the
+    view where one touches the camera's plane.
 
     size       [n_views, 4]     in      see generate_rays
     camera     [n_views, 22]    in
     counter    [4]              in      [0] = live cells
     live_cell  [grid_size^3]    in      from list_live_cells
     margin     [n_views, 4]     in-out  columns on the left, rows above, columns on the right and rows below in which no
-                                        live cell lies; in: those around a pixel in the middle, so that one is left
+                                        live cell lies; in: all but one pixel in the middle, so that one is left
     thread     one per live cell and view; in a loop over views, some drivers lose atomics (Mesa's in software)
-    atomic     i32 min on margin
+    atomic     i32 min on margin; the look at it before only spares most of them, and may be out of date
     """
     for t in range(counter[0] * n_views):
         v = t % n_views
@@ -579,7 +580,7 @@ def crop_views(grid_size: ti.i32, n_views: ti.i32, size: i32buf, camera: f32buf,
         if p[2] < radius and high.min() >= 0 and low[0] < end[0] and low[1] < end[1]:
             for c in ti.static(range(2)):
                 before, behind = ti.max(low[c], 0), ti.max(end[c] - 1 - high[c], 0)
-                if before < margin[4 * v + c]:       # most are not, and atomics are slow
+                if before < margin[4 * v + c]:
                     ti.atomic_min(margin[4 * v + c], before)
                 if behind < margin[4 * v + 2 + c]:
                     ti.atomic_min(margin[4 * v + 2 + c], behind)
@@ -752,8 +753,8 @@ def distance_bent(y, room):
     """How far one can go from y, any way, before the contracted point moves by `room`; all in units of RADIUS.
 
     At |y| = n > 1 the contraction shrinks lengths to at most shrink(n) = (2 n - 1) / n^2, across the ray from the
-    middle; along it to 1 / n^2. Whoever goes less than n / 2 stays beyond n / 2, where nothing is longer than
-    shrink(n / 2) of what it was; nothing is stretched anywhere.
+    middle; along it to 1 / n^2. A path shorter than n / 2 stays outside of the radius n / 2, where nothing is longer
+    than shrink(n / 2) of what it was; nothing is stretched anywhere.
     """
     half = ti.max(0.5 * y.norm(), 1.0)
     return ti.max(room, ti.min(0.5 * y.norm(), room * half * half / (2.0 * half - 1.0)))
@@ -866,7 +867,7 @@ def scan_blocks(n_rays: ti.i32, block: ti.i32, capacity: ti.i32, block_start: i3
     """Second part: sums become starts (exclusive scan), up to the first block that does not fit into the buffers.
 
     block_start  [ceil(n_rays / block)]  in-out  first sample of the block; -1 from the first that does not fit.
-                                                 capacity >= block * limit makes sure that the first does
+                                                 It is on the host to see to it that the first does
     counter      [4]                     in-out  [0] samples, [1] rays of the blocks that fit; [2], [3] running totals
                                                  of dropped rays and of samples, which wrap around (the host takes
                                                  differences)
@@ -940,7 +941,7 @@ def write_samples(n_rays: ti.i32, limit: ti.i32, step_length: ti.f32, growth: ti
             sample[5 * i + 3] = ray[8 * r + 3] + distance
             sample[5 * i + 4] = step_length + growth * distance
             k += 1
-        if first >= 0 and ray_span[2 * r + 1] < limit:
+        if first >= 0 and (dark or ray_span[2 * r + 1] < limit):
             k = ti.select(dark, DARK, END)
         ray_step[r] = k
 

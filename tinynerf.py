@@ -538,9 +538,7 @@ class Model:
         f32, i32, u32 = ti.f32, ti.i32, ti.u32
         self.buffers, self.graphs = [], {}                       # see replay()
         self.params = self.new(k.rowF, self.n_rows)              # the hash table's slots, the MLPs' weights, the codes
-        self.level = self.new(i32, layout.size)                  # [n_levels, 4]
-        if not dry:
-            self.level.from_numpy(layout.ravel())
+        self.level = self.load(layout)                           # [n_levels, 4]
         self.occupancy = self.new(u32, cells // 2048 * 129)      # bits: see kernels.py
         self.mlps, first = [], self.n_slots * k.N_FEATURES
         for name, mlp in mlps.items():
@@ -607,6 +605,13 @@ class Model:
         except RuntimeError:
             raise UserError(f"the device has no room for {self.buffer_mb():.0f} MB of buffers",
                             "use a larger --downscale, or --arch cpu")
+
+    def load(self, x):
+        """A buffer with the numbers of an array, f32, i32 or u32."""
+        buffer = self.new({"f": ti.f32, "i": ti.i32, "u": ti.u32}[x.dtype.kind], x.size)
+        if not self.dry:
+            buffer.from_numpy(x.ravel().astype(x.dtype.kind + "4", copy=False))
+        return buffer
 
     def new_mlp(self, first, n_in, n_hidden, n_out):
         """Sizes and rows of an MLP whose weights are the numbers of `params` from `first` on."""
@@ -766,7 +771,7 @@ def adam(m, step, learning_rate):
 
 
 def start_occupancy(m, views, view_bound):
-    """Every cell that a camera sees may hold something, unless alpha shows that it does not, and no other ever will.
+    """Cells start as unknown; those that no camera sees, or that alpha shows to be empty, are given up for good.
     view_bound [n_views, 4] f32 is written."""
     grid, space = m.settings["grid"], m.space
     k.bound_views(views.n, views.size, views.camera, view_bound)
@@ -783,7 +788,7 @@ def list_live(m, views):
     k.count_live_cells(grid, m.density_grid, m.brick_span)
     scan(n_bricks, 32, grid**3, m.brick_span, m.brick_start, m.live_counter)
     k.list_live_cells(grid, m.density_grid, m.brick_span, m.live_cell)
-    if views.outlined:
+    if views.cropped:
         k.crop_views(grid, views.n, views.size, views.camera, m.live_counter, m.live_cell, views.margin)
 
 
@@ -869,18 +874,15 @@ def to_cube(camera, space):
 
 def upload_views(m, views):
     """Views (see load_scene) on the device: pixels u32, size and margin [n, 4] i32, camera [n, 22] f32 in the unit
-    cube. They are outlined only where that is of use: cells of the occupancy grid can be empty, and stay so."""
-    pixels, size = m.new(ti.u32, views.pixels.size), m.new(ti.i32, views.size.size)
-    camera, margin = m.new(ti.f32, views.camera.size), m.new(ti.i32, views.size.size)
-    pixels.from_numpy(views.pixels)
-    size.from_numpy(views.size.ravel())
-    camera.from_numpy(to_cube(views.camera, m.space).ravel())
+    cube. outlined: alpha shows which cells of the occupancy grid are empty; cropped: margins, too, unless there are too
+    many views. Margins begin as k.crop_views wants them."""
     outlined = views.outlined and m.marches and not m.space.unbounded and not m.moves
-    if outlined:                                                 # see k.crop_views
-        middle = views.size[:, 1:3] // 2
-        margin.from_numpy(np.hstack([middle, views.size[:, 1:3] - 1 - middle]).ravel())
-    return types.SimpleNamespace(pixels=pixels, size=size, camera=camera, margin=margin, n=len(views.size),
-                                 alpha=views.alpha, outlined=outlined, points=None)
+    cropped = outlined and len(views.size) * m.settings["grid"] ** 3 < 2**31
+    middle = views.size[:, 1:3] // 2
+    margin = cropped * np.hstack([middle, views.size[:, 1:3] - 1 - middle])
+    return types.SimpleNamespace(
+        pixels=m.load(views.pixels), size=m.load(views.size), camera=m.load(to_cube(views.camera, m.space)),
+        margin=m.load(margin), n=len(views.size), alpha=views.alpha, outlined=outlined, cropped=cropped, points=None)
 
 
 @contextlib.contextmanager
@@ -1077,16 +1079,13 @@ class Nerfies(Model):
         self.weight = self.new(f32, n)
         self.n_picked = n // 16 // 3                             # samples of the elastic loss; static points: thrice
         self.picked, self.picked_seen = self.new(f32, 15 * self.n_picked), self.new(f32, 15 * self.n_picked)
-        self.picked_view, self.picked_counter = self.new(i32, 3 * self.n_picked), self.new(i32, 4)
+        self.picked_view, self.cell_view = self.new(i32, 3 * self.n_picked), self.new(i32, n)
+        self.picked_counter = self.load(np.array([3 * self.n_picked, 3 * self.n_picked, 0, 0]))
         self.picked_weight, self.elastic = self.new(f32, self.n_picked), self.new(f32, self.n_picked)
         self.tangent_input, self.tangent_hidden = self.new(k.row64, 3 * self.n_picked), self.new(k.row64, 3 * n)
         self.tangent_raw, self.grad_tangent_raw = (self.new(k.row16, 3 * self.n_picked) for _ in range(2))
-        self.each_span, self.each = self.new(i32, 2 * n), self.new(i32, n)                   # point i has sample i
-        self.cell_view = self.new(i32, n)
-        if not dry:
-            self.each.from_numpy(np.arange(n, dtype=np.int32))
-            self.each_span.from_numpy(np.stack([np.arange(n), np.ones(n)], 1).astype(np.int32).ravel())
-            self.picked_counter.from_numpy(np.array([3 * self.n_picked, 3 * self.n_picked, 0, 0], np.int32))
+        self.each = self.load(np.arange(n))                      # point i has sample i
+        self.each_span = self.load(np.stack([np.arange(n), np.ones(n, int)], 1))
 
     def initialize(self, seed):
         """Random parameters as in ngp, but next to no motion; codes of neighbours in time begin as neighbours, on a
@@ -1443,8 +1442,7 @@ def make_model(name, scene, space, arch, old={}):
     if m.moves:
         m.time.from_numpy(scene.train.time)
         if len(scene.points):
-            views.points = m.new(ti.f32, scene.points.size)
-            views.points.from_numpy(((scene.points - space.center) / space.side + 0.5).astype(np.float32).ravel())
+            views.points = m.load((scene.points - space.center) / space.side + 0.5)
     return m, views
 
 
@@ -1460,12 +1458,11 @@ def train(m, views, seed, steps=None, seconds=None, report=lambda **line: None, 
     """Train for a number of steps, or for so many seconds of wall clock; the learning rate's schedule spans either.
 
     views   from upload_views
-    report  called every `read_every` steps (default: READ_EVERY) with progress (0..1), step, seconds, loss, psnr,
-            samples_per_second, n_rays
-    keep    called then with the state of this loop, a dict of numbers, while the clock stands still: together with the
-            model's buffers in KEPT it is all that the steps to come depend on. Training ends early if it returns True.
-            Other buffers may be used meanwhile, save those of the views and the list of live cells, which resuming
-            makes anew: see glance()
+    report  called every `read_every` steps (default: READ_EVERY), after some of the first and at the end, with progress
+            (0..1), step, seconds, loss, psnr, samples_per_second, n_rays
+    keep    called then with the state of this loop, a dict of numbers, while the clock stands still: this and the
+            model's buffers in KEPT are what a checkpoint needs. Training ends early if it returns True. Meanwhile, it
+            may launch what rendering launches and nothing else: see glance()
     resume  (state, arrays) that were kept, to go on from there
     Returns the totals: steps, complete, train_seconds, compile_seconds, samples, rays, rays_dropped.
     The clock starts when every kernel has been launched once on nothing.
@@ -1496,6 +1493,9 @@ def train(m, views, seed, steps=None, seconds=None, report=lambda **line: None, 
     start = time.perf_counter() - now.seconds
     if m.marches and not resume:
         start_occupancy(m, views, view_bound)
+    if m.marches and m.live_counter.to_numpy()[0] == 0:
+        raise UserError("there is nothing to learn: no camera sees any of the scene's box, or all of it is transparent",
+                        "are the poses right, and is alpha 0 only where nothing is?")
     while now.progress < 1.0 and not stop:
         rate, m.progress = first_rate * (last_rate / first_rate) ** now.progress, now.progress
         rate *= min(1.0, (1.0 - now.progress) / COOL_DOWN)
@@ -2125,6 +2125,19 @@ def run_folder(out, scene, overwrite):
     return out
 
 
+@contextlib.contextmanager
+def discarding(out):
+    """A run that fails before its first checkpoint leaves nothing behind."""
+    try:
+        yield
+    except UserError:
+        with contextlib.suppress(OSError):           # the folder may be gone
+            if os.listdir(out) == ["log.csv"]:
+                os.remove(os.path.join(out, "log.csv"))
+                os.rmdir(out)
+        raise
+
+
 def command_train(args):
     """tinynerf.py train: from a scene's folder to a run folder."""
     out, old, resume = args.resume, {}, None
@@ -2173,7 +2186,7 @@ def command_train(args):
         with open(log_path, newline="", encoding="utf-8", errors="replace") as file:
             found = ((row, re.match("([0-9]{1,9}),", row)) for row in file)
             rows = [row for row, match in found if match and int(match[1]) <= old["state"]["step"]]
-    with open(log_path, "w", newline="", encoding="utf-8") as log_file, progress_bar("train ") as bar:
+    with discarding(out), open(log_path, "w", newline="", encoding="utf-8") as log_file, progress_bar("train ") as bar:
         log_file.writelines(["step,seconds,loss,psnr\r\n"] + rows)
         log = csv.writer(log_file)
         task, printed, saved = bar.add_task("train", total=1.0, note=""), [0.0], [time.monotonic()]
@@ -2665,7 +2678,7 @@ def step_work(m, rays, marched, probed, kept, touched):
     they mostly compute. touched: rows of the parameters that have a gradient."""
     corners = 8 * m.n_levels * 4 * k.N_FEATURES                                  # bytes of table per sample
     work = dict(
-        pick_pixels=dict(copy=4 * rays), generate_rays=dict(copy=60 * rays), count_samples=dict(copy=44 * rays),
+        pick_pixels=dict(copy=12 * rays), generate_rays=dict(copy=60 * rays), count_samples=dict(copy=44 * rays),
         sum_counts=dict(copy=16 * rays), scan_blocks=dict(copy=16 * rays // m.settings["block"]),
         claim_spans=dict(copy=24 * rays), write_samples=dict(copy=48 * rays + 20 * marched),
         probe_rays=dict(gather=corners * probed, product=2 * k.WIDTH * (m.density.n_in + 1) * probed,
@@ -2723,7 +2736,7 @@ def sampled_work(m, rays, coarse, fine):
     through = sum(4 * (n_x + n_h + n_out) * samples for n_x, n_h, n_out, samples in layers)
     n_mlps = k.WIDTH * sum(count_rows(mlp.n_in, mlp.n_hidden, mlp.n_out) for mlp in m.mlps)
     work = dict(
-        pick_pixels=dict(copy=4 * rays), generate_rays=dict(copy=60 * twice), count_even=dict(copy=12 * twice),
+        pick_pixels=dict(copy=12 * rays), generate_rays=dict(copy=60 * twice), count_even=dict(copy=12 * twice),
         sum_counts=dict(copy=4 * twice), scan_blocks=dict(copy=8 * twice // m.settings["block"]),
         claim_spans=dict(copy=12 * twice), sample_even=dict(copy=20 * twice + 24 * coarse),
         weigh_samples=dict(copy=4 * twice + 12 * coarse),
@@ -2884,7 +2897,7 @@ def list_launches(m):
     names, lists, n_steps = {id(x): name for name, x in named_buffers(m).items()}, {}, m.settings["render_steps"]
     views = types.SimpleNamespace(pixels="views.pixels", size="views.size", camera="views.camera", n="views.n",
                                   margin="views.margin", outlined=not m.space.unbounded,
-                                  alpha="mask" if m.n_code else "background")
+                                  cropped=not m.space.unbounded, alpha="mask" if m.n_code else "background")
     m.next_view = ("turn", "first_view")
     calls = dict(
         initialize=lambda: m.initialize("seed"), load_weights=lambda: load_weights(m),
@@ -2910,9 +2923,10 @@ EXPORT_NOTES = dict(
              "[n_views, 4], n_rays, n_cells, seed, turn, first_view, first, limit. turn, first_view = rays of all "
              "steps before // n_views and % n_views. update_occupancy comes after start_occupancy, its `first` is the "
              f"sum of n_cells of all updates before, modulo {LAST_CELL}. carve_cells and crop_views are for pinhole "
-             "cameras whose alpha is 0 where nothing is; without them, margins are 0. `step` is 0 here, and "
-             "adam_step's learning_rate that of step 0 at a rate of 1: see adam(). load_weights comes first; a "
-             "picture is start_tile and then march, forward, until march finds nothing: see render_view().",
+             "cameras whose alpha is 0 where nothing is; before them, margins leave the middle pixel, w // 2, h // 2, "
+             "without them they are 0. `step` is 0 here, and adam_step's learning_rate that of step 0 at a rate of 1: "
+             "see adam(). load_weights comes first; a picture is start_tile and then march, forward, until march finds "
+             "nothing: see render_view().",
     tasks="What Taichi makes of a kernel: SPIR-V 1.3 in kernels/, entry point main, to be dispatched one after the "
           "other with a barrier between; bindings are of descriptor set 0. The first of two is one thread that "
           "computes the loop's bounds into `temporaries`, a storage buffer for the second (Taichi gives it 1 MB; it "
