@@ -5591,7 +5591,7 @@ PORT_BUGS = {
     "an inclusive scan": ("scan_blocks", "block_start[b] = samples\n                samples += total",
                           "samples += total\n                block_start[b] = samples"),
     "a wrong prime": ("hash_encode_forward", "grid_slot", "805459861", "805459863"),
-    "corners swapped": ("hash_encode_backward", "corner_weight", "(corner >> c) & 1", "(corner >> (2 - c)) & 1"),
+    "an axis twice": ("hash_encode_backward", "corner_weights", "* fraction[0]", "* fraction[2]"),
     "weights transposed": ("load_weights", "weight_t[column][row] = w", "weight_t[row][column] = w"),
     "no ReLU on the way back": ("mlp_backward_input", "ti.select(hidden[h] > 0.0, g, row64(0.0))", "g"),
     "one chunk": ("sum_partials", "range((counter[0] + chunk - 1) // chunk)", "range(1)"),
