@@ -891,15 +891,18 @@ def test_level_layout(monkeypatch):
     """The table's layout has changed: models that were saved would not load."""
     monkeypatch.setattr(tinynerf, "N_LEVELS", 8)
     settings = dict(coarsest=16, finest=2048)
-    # Resolutions 16 * 128^(l/7) = 16 * 2^l. 17^3 = 4913 and 33^3 = 35937 fit into 2^17 = 131072, 65^3 = 274625 not.
+    # Resolutions 16 * 128^(l/7) = 16 * 2^l. 17^3 = 4913 and 33^3 = 35937 fit into 2^17 = 131072, 65^3 = 274625 not; of
+    # hashed levels 4 * 64^2 = 2^14, 4 * 128^2 = 2^16, and 4 * 256^2 is more than 2^17.
     layout = tinynerf.level_layout({**settings, "table": 2**17}, 8)
     assert layout[:, 0].tolist() == [16, 32, 64, 128, 256, 512, 1024, 2048]
-    assert layout[:, 1].tolist() == [0, 4913, 40850] + [40850 + 131072 * l for l in range(1, 6)]
-    assert layout[:, 2].tolist() == [4913, 35937] + 6 * [131072]
+    assert layout[:, 1].tolist() == [0, 4913, 40850, 57234] + [122770 + 131072 * l for l in range(4)]
+    assert layout[:, 2].tolist() == [4913, 35937, 16384, 65536] + 4 * [131072]
     assert layout[:, 3].tolist() == [0, 0] + 6 * [1]
-    # 2^19 = 524288 holds 65^3 as well, but not 129^3 = 2146689; 4096 slots hold none.
+    # 2^19 = 524288 holds 65^3 as well, but not 129^3 = 2146689; 4096 slots hold none, and 16 * 16 * 4 = 1024.
     assert tinynerf.level_layout({**settings, "table": 2**19}, 8)[:, 3].tolist() == [0, 0, 0] + 5 * [1]
-    assert tinynerf.level_layout({**settings, "table": 4096}, 8)[:, 3].tolist() == 8 * [1]
+    assert tinynerf.level_layout({**settings, "table": 4096}, 8)[:, 2].tolist() == [1024] + 7 * [4096]
+    # To the next power of two: 4 * 20^2 = 1600
+    assert tinynerf.level_layout({**settings, "coarsest": 20, "table": 4096}, 1).tolist() == [[20, 0, 2048, 1]]
 
 
 @ti.kernel
@@ -1820,14 +1823,14 @@ def test_replay(steady, monkeypatch):
     assert len(set(runs[0][0])) == n_steps
 
 
-FIRST_LOSSES = [0.047814, 0.044302, 0.039907, 0.040632, 0.034461, 0.036723, 0.045715, 0.033101, 0.034174, 0.036649]
+FIRST_LOSSES = [0.047693, 0.044057, 0.039506, 0.040347, 0.034177, 0.037057, 0.046358, 0.032571, 0.034296, 0.037579]
 
 
 def test_train_tiny(steady, monkeypatch, tmp_path, request):
     """Training is not what it was, or not what it is on a CPU, does not reach its quality, or reaches one that cannot
     be true; or a saved model renders another picture than the one that was trained."""
-    steps, quality, samples = (250, (24.5, 28.5), (200000, 245000)) if ON_CPU else (100, (18, 22), (90000, 100000))
-    m, losses, total = train_sphere(0, steps)        # fewer in software; other seeds: 25.7 to 26.6, 19.0 to 20.4
+    steps, quality, samples = (250, (23.5, 28), (200000, 245000)) if ON_CPU else (100, (18, 22), (90000, 100000))
+    m, losses, total = train_sphere(0, steps)        # fewer in software; other seeds: 24.2 to 27.3, 19.3 to 21.4
     print("first losses:", ", ".join(f"{loss:.6f}" for loss in losses[:10]))
     assert total["steps"] == len(losses) == steps
     want = FIRST_LOSSES if ON_CPU else (             # those of a CPU
@@ -4738,7 +4741,7 @@ def golden_scene(rng, m, rate=1e-2):
     for name, x in buffers_within(m):                # what lies beyond the counts may be anything
         if not re.search("params|moment|level|weight|view_|counter|occupancy|density_grid|lit_step|bad_step|each|time|"
                          "proposal.grad", name):
-            fill = 33 if name == "march_feature" else FILLS[0]["i" if x.dtype == ti.i32 else "f"]      # which is copied
+            fill = 0.33 if name == "march_feature" else FILLS[0]["i" if x.dtype == ti.i32 else "f"]      # which is copied
             x.from_numpy(np.full_like(x.to_numpy(), fill))
     _, camera, views = views_to_learn(rng, size, 15, mask=True)
     views.alpha, views.points = "mask" if space.unbounded else "background", buf(np.linspace(0.1, 0.9, 15))
@@ -5181,7 +5184,7 @@ def golden_family(rng, scene, name):
 
 def golden_training(arrays):
     """A training run for a port that has all kernels: its losses, and a band for its PSNR; what it launches until two
-    steps are done, and what changes later. With 8 other seeds that is 19.0 to 20.4 dB; on Vulkan the first 10 losses
+    steps are done, and what changes later. With 8 other seeds that is 19.3 to 21.4 dB; on Vulkan the first 10 losses
     differ by 7.4e-7 of theirs, with the same numbers of rays all of them by 1.6e-4."""
     launches, rates, cells, n_steps = [], [], [], itertools.count()
 
@@ -5258,7 +5261,7 @@ def golden(path, model="ngp"):
         with tinynerf.wrapped_kernels(take):
             scene(None)
             if model == "ngp":
-                golden_launches(np.random.default_rng(1), scene)
+                golden_launches(np.random.default_rng(2), scene)
             else:
                 golden_family(np.random.default_rng(1), scene, model)
         training = golden_training(arrays) if model == "ngp" else None

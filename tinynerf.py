@@ -62,6 +62,7 @@ VERSION = "0.1"
 # Scene and model: the same on every machine
 N_CODE = 8                      # numbers learned for each photograph of a capture
 N_LEVELS = 6                    # of the hash grid
+SURFACE_SLOTS = 4               # a hashed level has so many slots times its resolution^2, to the next power of two
 TABLE_BOUND = 1e-4              # initial table entries: U(+-1e-4)
 LEARNING_RATE, FINAL_RATE = 3e-2, 9e-3     # of the hash table: decays exponentially from the one to the other,
 COOL_DOWN = 0.1                 # and to nothing over this last share of the training, so that noise settles
@@ -90,7 +91,7 @@ REPEATS = 31                    # of a step, for bench
 
 # What depends on the machine. march: most samples in flight; batch: samples that a step aims to keep of them, after the
 # probe; rays: most rays in flight; coarsest, finest: cells per side of the first and the last level of the hash grid
-# (no finer than the pixels); table: slots per level; color_layers: hidden layers of the color MLP; grid: occupancy
+# (no finer than the pixels); table: most slots of a level; color_layers: hidden layers of the color MLP; grid: occupancy
 # cells per side; train_steps, render_steps: samples along the box's diagonal (training jitters them, so that coarse
 # steps find thin parts in the mean; a picture needs finer ones); refresh: steps between two updates of the occupancy
 # grid, `batch` live cells each; block: rays per thread of the scan; chunk: samples per partial weight gradient;
@@ -487,13 +488,16 @@ def level_layout(settings, n_levels=N_LEVELS):
     """[n_levels, 4] i32 for the hash kernels: resolution, first slot, number of slots, 1 if hashed.
 
     Resolutions grow geometrically (instant-ngp, equation 3); n_levels < N_LEVELS leaves out the finest. A level whose
-    (resolution + 1)^3 vertices fit into `table` slots is dense; the others are hashed into so many (a power of two).
+    (resolution + 1)^3 vertices fit into `table` slots is dense; the others are hashed into a power of two of them, as
+    many as `table` at most, but no more than surfaces can use: their vertices grow with resolution^2.
     """
     coarsest, table_slots, rows, first = settings["coarsest"], settings["table"], [], 0
     for l in range(n_levels):
         resolution = round(coarsest * (settings["finest"] / coarsest) ** (l / (N_LEVELS - 1)))
-        dense = (resolution + 1) ** 3 <= table_slots
-        rows.append((resolution, first, (resolution + 1) ** 3 if dense else table_slots, 0 if dense else 1))
+        n_vertices, n_on_surfaces = (resolution + 1) ** 3, SURFACE_SLOTS * resolution**2
+        dense = n_vertices <= table_slots
+        hashed_slots = min(table_slots, 2 ** (n_on_surfaces - 1).bit_length())
+        rows.append((resolution, first, n_vertices if dense else hashed_slots, 0 if dense else 1))
         first += rows[-1][2]
     return np.array(rows, np.int32)
 
@@ -1656,7 +1660,7 @@ def evaluate_fitted(m, views, n_steps=50, n_rays=512):
 
 # ---- Files: the model, pictures, the video --------------------------------------------------------------------------
 
-FORMAT = 3                      # of model.npz and checkpoint.npz
+FORMAT = 4                      # of model.npz and checkpoint.npz
 FILE_LIMIT = 2**30              # bytes that such a file may have; reading it takes at most twice as many
 
 # What their info has to say, see believe(); it may come from anyone.
@@ -2042,7 +2046,7 @@ def start_taichi(arch):
     for choice in choices:
         # Matrices as LLVM vectors: weight gradients several times as fast on a CPU; SPIR-V cannot take them.
         # A loop on a CPU is cut into as many pieces as there are threads: several a core share it more evenly.
-        options = dict(real_matrix_scalarize=choice != "cpu", unrolling_limit=0, cpu_max_num_threads=4 * os.cpu_count())
+        options = dict(real_matrix_scalarize=choice != "cpu", unrolling_limit=0, cpu_max_num_threads=2 * os.cpu_count())
         sys.stdout.flush()
         with tempfile.TemporaryFile("w+") as log:    # only Taichi's trace says which device it found
             saved = os.dup(1), os.dup(2)
