@@ -19,8 +19,9 @@ Rules that hold for the whole file:
   7. Indices are i32: n_levels * samples, the pixels of all views, 4 * slots of the table, 8 * rays, `first` + n and, in
      crop_views, cells * views stay below 2^31.
   8. It reads as Python: x & 1 == 1 is (x & 1) == 1, and a <= x < b both. Literals are f32; // and % meet no negative
-     numbers. Where i32 and f32 meet, the i32 is converted first; / is always f32. Compilers may contract products and
-     sums, and reorder sums. u32 is modulo 2^32; counter[2] and counter[3], which wrap around, too.
+     numbers. Where i32 and f32 meet, the i32 is converted first; / is always f32. A number meets each component of a
+     vector. Compilers may contract products and sums, and reorder sums. u32 is modulo 2^32; counter[2] and counter[3],
+     which wrap around, too.
 Part II, at the end, holds stages of other models than instant-ngp; a reader may stop before it.
 Nothing here uses autodiff, 64-bit or 16-bit types, shared memory, subgroups, recursion or captured state.
 
@@ -235,6 +236,19 @@ def lens_direction(column, row, v, size: ti.template(), camera: ti.template()):
     return direction
 
 
+@ti.func
+def cross_box(origin, direction, low, high, t_first, t_last):
+    """Where the part of a ray that lies in a box and between t_first and t_last begins and ends. If there is no such
+    part, the end is before the beginning."""
+    for c in ti.static(range(3)):
+        # A component of 0 never crosses its two planes: put the crossings far away instead of dividing by 0.
+        d = ti.select(ti.abs(direction[c]) < 1e-9, 1e-9, direction[c])
+        t_0, t_1 = (low[c] - origin[c]) / d, (high[c] - origin[c]) / d
+        t_first = ti.max(t_first, ti.min(t_0, t_1))
+        t_last = ti.min(t_last, ti.max(t_0, t_1))
+    return t_first, t_last
+
+
 @ti.kernel
 def generate_rays(n_rays: ti.i32, unbounded: ti.i32, near: ti.f32, step_length: ti.f32, jitter: ti.i32, seed: ti.i32,
                   step: ti.i32, ray_pixel: i32buf, ray_view: i32buf, size: i32buf, camera: f32buf, ray: f32buf,
@@ -261,8 +275,9 @@ def generate_rays(n_rays: ti.i32, unbounded: ti.i32, near: ti.f32, step_length: 
         at = ray_pixel[r] - size[4 * v]
         m = CAMERA * v
         local = lens_direction(at % size[4 * v + 1] + 0.5, at // size[4 * v + 1] + 0.5, v, size, camera)
-        direction = vec3(0.0)
+        origin, direction = vec3(0.0), vec3(0.0)
         for c in ti.static(range(3)):
+            origin[c] = camera[m + 4 * c + 3]
             direction[c] = (camera[m + 4 * c] * local[0] + camera[m + 4 * c + 1] * local[1]
                             + camera[m + 4 * c + 2] * local[2])
         length = direction.norm()
@@ -271,21 +286,13 @@ def generate_rays(n_rays: ti.i32, unbounded: ti.i32, near: ti.f32, step_length: 
         t_first = near
         t_last = ti.select(length > 0.0, FAR, -1.0)
         if unbounded == 0:
-            for c in ti.static(range(3)):
-                # A component of 0 never crosses its two planes: put the crossings far away instead of dividing by 0.
-                d = direction[c]
-                if ti.abs(d) < 1e-9:
-                    d = 1e-9
-                t_0 = (0.0 - camera[m + 4 * c + 3]) / d
-                t_1 = (1.0 - camera[m + 4 * c + 3]) / d
-                t_first = ti.max(t_first, ti.min(t_0, t_1))
-                t_last = ti.min(t_last, ti.max(t_0, t_1))
+            t_first, t_last = cross_box(origin, direction, vec3(0.0), vec3(1.0), t_first, t_last)
         u = 0.5
         if jitter == 1:
             u = random_f32(seed, STREAM_JITTER, step, r)
 
         for c in ti.static(range(3)):
-            ray[8 * r + c] = camera[m + 4 * c + 3]
+            ray[8 * r + c] = origin[c]
             ray[8 * r + 4 + c] = direction[c]
             pixel[4 * r + c] = 0.0
         ray[8 * r + 3] = t_first + u * step_length
@@ -339,6 +346,8 @@ def contract_samples(counter: i32buf, sample: f32buf):
 #     words [n, n + n / 64)     one word per block: not 0 if any of its cells is occupied
 #     the n words after these   bit c of word w: is cell 32 w + c dark? It is occupied, but the light of no training ray
 #                               has reached it for long: rays end there, since most of what is occupied is hidden
+#     the last 6                how many layers of bricks, 4, 4 and 2 cells thick, are empty: counted from the walls
+#                               x = 0, y = 0, z = 0, then from x = 1, y = 1, z = 1; n each where nothing is occupied
 # density_grid is -1 in cells that are given up before training, for good: no view sees them, or three see that they are
 # empty. All others are live.
 
@@ -692,7 +701,8 @@ def pack_occupancy(n_words: ti.i32, step: ti.i32, patience: ti.i32, density_grid
     density_grid  [32 n_words]                in    numbered brick by brick
     threshold     [1]                         in
     lit_step      [32 n_words]                in-out  from mark_lit_cells; out: `step` where the cell is not occupied
-    occupancy     [2 n_words + n_words / 64]  out   all but the blocks' words
+    occupancy     [2 n_words + n_words / 64 + 6]  out   all but the blocks' words; the last 6: n_words, more than
+                                                  there are layers, for pack_blocks to lower
     thread        one per brick
     """
     for t in range(n_words):
@@ -706,22 +716,40 @@ def pack_occupancy(n_words: ti.i32, step: ti.i32, patience: ti.i32, density_grid
                 lit_step[32 * t + c] = step
         occupancy[t] = word
         occupancy[n_words + n_words // 64 + t] = dark
+        if t < 6:
+            occupancy[2 * n_words + n_words // 64 + t] = ti.u32(n_words)
 
 
 @ti.kernel
 def pack_blocks(grid_size: ti.i32, occupancy: u32buf):
-    """One word per block of 4x4x4 bricks, 16x16x8 cells: is any cell in it occupied?
+    """One word per block of 4x4x4 bricks, 16x16x8 cells: is any cell in it occupied? And how many layers of bricks are
+    empty on each side of the grid.
 
-    occupancy  [2 n + n / 64]  in-out  in: the bricks' words, out: the blocks'
+    occupancy  [2 n + n / 64 + 6]  in-out  in: the bricks' words, and the last 6 from pack_occupancy; out: the
+                                       blocks' words and the last 6
     thread     one per block
+    atomic     u32 min on occupancy, in its last 6; the look at it before only spares most of them, and may be out of
+               date
     """
     n = grid_size >> 4
     for t in range(n * n * n * 2):
         any_cell = ti.u32(0)
+        first, last = ti.Vector([n << 3, n << 3, n << 3]), ti.Vector([0, 0, 0])      # bricks that are not empty
         for brick in range(64):
-            x, y, z = (t % n) << 2 | (brick & 3), (t // n % n) << 2 | (brick >> 2 & 3), t // (n * n) << 2 | brick >> 4
-            any_cell |= occupancy[((z << 2) * n + y) * (n << 2) + x]
+            at = ti.Vector([t % n << 2 | brick & 3, t // n % n << 2 | brick >> 2 & 3, t // (n * n) << 2 | brick >> 4])
+            word = occupancy[((at[2] << 2) * n + at[1]) * (n << 2) + at[0]]
+            any_cell |= word
+            if word != ti.u32(0):
+                first, last = ti.min(first, at), ti.max(last, at)
         occupancy[n * n * n * 128 + t] = any_cell
+        if any_cell != ti.u32(0):
+            side = n * n * n * 258
+            for c in ti.static(range(3)):
+                below, above = ti.u32(first[c]), ti.u32((n << ti.static((2, 2, 3)[c])) - 1 - last[c])
+                if below < occupancy[side + c]:
+                    ti.atomic_min(occupancy[side + c], below)
+                if above < occupancy[side + 3 + c]:
+                    ti.atomic_min(occupancy[side + 3 + c], above)
 
 
 # ---- Marching: count each ray's samples, scan the counts into spans, write the samples. Two walks instead of an atomic
@@ -817,16 +845,31 @@ def next_sample(origin, direction, t_first, t_last, k, step_length, growth, unbo
     return found, dark
 
 
+@ti.func
+def occupied_box(grid_size, occupancy: ti.template()):
+    """Lower and upper corner of a box around all that is set in `occupancy`: whole bricks, and half a cell more, so
+    that no rounding matters. Where nothing is set, it is around everything."""
+    n = grid_size >> 4
+    low, high = vec3(0.0), vec3(0.0)
+    for c in ti.static(range(3)):
+        cells = ti.static((4.0, 4.0, 2.0)[c])
+        below, above = occupancy[n * n * n * 258 + c], occupancy[n * n * n * 258 + 3 + c]
+        low[c] = (ti.cast(below, ti.f32) * cells - 0.5) / grid_size
+        high[c] = 1.0 - (ti.cast(above, ti.f32) * cells - 0.5) / grid_size
+    return low, high
+
+
 @ti.kernel
 def count_samples(n_rays: ti.i32, limit: ti.i32, step_length: ti.f32, growth: ti.f32, unbounded: ti.i32,
                   grid_size: ti.i32, ray: f32buf, ray_step: i32buf, pixel: f32buf, occupancy: u32buf, ray_span: i32buf):
     """First walk: how many samples each ray wants, at most `limit`; none if no light gets through it any more. A ray
-    ends with its first sample in a dark cell: if light does get there, mark_lit_cells will see it.
+    ends with its first sample in a dark cell: if light does get there, mark_lit_cells will see it. In a scene with
+    walls, it looks only within the box of occupied bricks.
 
     ray        [n_rays, 8]       in      see generate_rays
     ray_step   [n_rays]          in-out  step to start from; out: that of the first sample, where there is one
     pixel      [n_rays, 4]       in      [3] = T, the share of light that is still to come
-    occupancy  [2 n + n / 64]    in      see above
+    occupancy  [2 n + n / 64 + 6] in     see above
     ray_span   [n_rays, 2]       out     [1] = number of samples
     thread     one per ray
     """
@@ -834,18 +877,23 @@ def count_samples(n_rays: ti.i32, limit: ti.i32, step_length: ti.f32, growth: ti
         origin = vec3(ray[8 * r], ray[8 * r + 1], ray[8 * r + 2])
         direction = vec3(ray[8 * r + 4], ray[8 * r + 5], ray[8 * r + 6])
         count = 0
-        k = ray_step[r]
-        if pixel[4 * r + 3] >= T_STOP:
-            more = True
-            while more and count < limit:
-                k, dark = next_sample(origin, direction, ray[8 * r + 3], ray[8 * r + 7], k, step_length, growth,
-                                      unbounded, grid_size, occupancy)
-                if k < END:
-                    if count == 0:
-                        ray_step[r] = k              # so that the second walk need not look for it
-                    count += 1
-                more = k < END and not dark
-                k += 1
+        k, t_first, t_last = ray_step[r], ray[8 * r + 3], ray[8 * r + 7]
+        more = pixel[4 * r + 3] >= T_STOP
+        if more and unbounded == 0:
+            low, high = occupied_box(grid_size, occupancy)
+            t_in, t_last = cross_box(origin, direction, low, high, t_first, t_last)
+            more = t_in < t_last
+            if more:
+                k = ti.max(k, ti.cast(steps_within(t_in - t_first, step_length, growth), ti.i32))
+        while more and count < limit:
+            k, dark = next_sample(origin, direction, t_first, t_last, k, step_length, growth, unbounded, grid_size,
+                                  occupancy)
+            if k < END:
+                if count == 0:
+                    ray_step[r] = k                  # so that the second walk need not look for it
+                count += 1
+            more = k < END and not dark
+            k += 1
         ray_span[2 * r + 1] = count
 
 
@@ -924,7 +972,7 @@ def write_samples(n_rays: ti.i32, limit: ti.i32, step_length: ti.f32, growth: ti
     ray_step    [n_rays]          in-out  from count_samples; out: where the next wave goes on (END if the ray got
                                           fewer than `limit`: it left the box or is opaque; DARK if the last one is
                                           in a dark cell; unchanged if dropped)
-    occupancy   [2 n + n / 64]    in
+    occupancy   [2 n + n / 64 + 6] in
     ray_span    [n_rays, 2]       in      from claim_spans
     sample      [capacity, 5]     out     position (not contracted yet), t, dt
     thread      one per ray
@@ -976,7 +1024,7 @@ def locate(i, sample: ti.template(), resolution):
 @ti.func
 def corner_slots(l, level: ti.template(), cell):
     """Slots of the corners 0..7 of a cell of level l: bit c of a corner's number says on which side of axis c it lies.
-    All eight as one vector, as corner_weights: that is how a CPU is fast at it."""
+    All eight at once, as in corner_weights: a CPU has instructions for that; elsewhere, a loop is as good."""
     x = ti.u32(cell[0]) + uvec8(0, 1, 0, 1, 0, 1, 0, 1)
     y = ti.u32(cell[1]) + uvec8(0, 0, 1, 1, 0, 0, 1, 1)
     z = ti.u32(cell[2]) + uvec8(0, 0, 0, 0, 1, 1, 1, 1)
@@ -998,10 +1046,10 @@ def encode_level(l, i, level: ti.template(), sample: ti.template(), table: ti.te
     """Level l of the grid (`level`), interpolated at sample i (`sample`) from `table`, into its entries of `feature`:
     see hash_encode_forward."""
     cell, fraction = locate(i, sample, level[4 * l])
-    weight, slot = corner_weights(fraction), corner_slots(l, level, cell)
+    weight, slots = corner_weights(fraction), corner_slots(l, level, cell)
     total = rowF(0.0)
     for corner in ti.static(range(8)):
-        total += weight[corner] * table[ti.i32(slot[corner])]
+        total += weight[corner] * table[ti.cast(slots[corner], ti.i32)]
     for c in ti.static(range(N_FEATURES)):
         feature[i][N_FEATURES * l + c] = total[c]
 
@@ -1048,12 +1096,12 @@ def hash_encode_backward(n_levels: ti.i32, n_chunks: ti.i32, chunk: ti.i32, coun
     counter, level, sample                in      as in hash_encode_forward
     grad_feature  [n_samples] rows of 64  in
     grad_table    [n_slots] rows of F     in-out
-    thread   one per (level, chunk of samples)
+    thread   one per (level, chunk of samples), the finest level first
     atomic   f32 add on grad_table, unless one chunk holds all samples: then a level has one writer, and plain adds, in
              sample order, are faster on a CPU and exactly repeatable
     """
     for t in range(n_levels * n_chunks):
-        l = n_levels - 1 - t // n_chunks            # the finest take longest: they had better not be the last
+        l = n_levels - 1 - t // n_chunks             # the finest takes longest: other threads do the rest meanwhile
         first = t % n_chunks * chunk
         for i in range(first, ti.min(first + chunk, counter[0])):
             g = rowF(0.0)
@@ -1062,7 +1110,7 @@ def hash_encode_backward(n_levels: ti.i32, n_chunks: ti.i32, chunk: ti.i32, coun
             cell, fraction = locate(i, sample, level[4 * l])
             weight, slots = corner_weights(fraction), corner_slots(l, level, cell)
             for corner in ti.static(range(8)):
-                slot = ti.i32(slots[corner])
+                slot = ti.cast(slots[corner], ti.i32)
                 if chunk >= counter[0]:
                     grad_table[slot] = grad_table[slot] + weight[corner] * g
                 else:
@@ -1815,7 +1863,7 @@ def lattice_opacity(n: ti.i32, first: ti.i32, n_side: ti.i32, length: ti.f32, gr
 
     sample     [n, 5]          in    position, in the cube
     sigma      [n]             in
-    occupancy  [2 n + n / 64]  in    see above
+    occupancy  [2 n + n / 64 + 6]  in    see above
     opacity    [n_side^3]      out   n entries from `first` on
     thread     one per point
     """
@@ -3023,7 +3071,7 @@ def hash_position_backward(n_levels: ti.i32, counter: i32buf, level: i32buf, sam
             slots = corner_slots(l, level, cell)
             for corner in ti.static(range(8)):
                 value = 0.0
-                slot = ti.i32(slots[corner])
+                slot = ti.cast(slots[corner], ti.i32)
                 for c in ti.static(range(N_FEATURES)):
                     value += table[slot][c] * grad_feature[i][N_FEATURES * l + c]
                 for c in ti.static(range(3)):

@@ -657,7 +657,7 @@ def test_occupancy_bits(rng, limit):
     density[rng.random(4096) < 0.1] = k.UNKNOWN
     known = density[(density >= 0) & (density < k.UNKNOWN)]
     density_grid, block_density = buf(density), buf(np.full(2 * 5, 9.0))
-    threshold, occupancy = buf(np.zeros(1)), buf(np.full(128 * 2 + 2, 9, np.uint32))
+    threshold, occupancy = buf(np.zeros(1)), buf(np.full(128 * 2 + 8, 9, np.uint32))
     lit = rng.integers(0, 100, 4096)
     lit_step = buf(lit)
     k.sum_density_grid(4096, 1000, density_grid, block_density)
@@ -666,7 +666,7 @@ def test_occupancy_bits(rng, limit):
     assert_close("threshold", threshold.to_numpy(), [min(limit, 0.95 * known.mean())], 1e-6)
     occupied, words = density > threshold.to_numpy()[0], occupancy.to_numpy()
     assert np.array_equal(words[:128], pack_bits(occupied)) and (words[128:130] == 9).all()
-    assert np.array_equal(words[130:], pack_bits(occupied & (lit < 70)))
+    assert np.array_equal(words[130:-6], pack_bits(occupied & (lit < 70))) and (words[-6:] == 128).all()
     assert np.array_equal(lit_step.to_numpy(), np.where(occupied, lit, 100))
 
 
@@ -687,24 +687,28 @@ def block_index(x, grid):
 
 
 def occupancy_model(occupied, dark=False):
-    """Bits of all cells, a word for each block, and bits of the dark cells, as pack_occupancy and pack_blocks leave
-    them."""
+    """Bits of all cells, a word for each block, bits of the dark cells, and empty layers of bricks on each side, as
+    pack_occupancy and pack_blocks leave them."""
     grid = round(len(occupied) ** (1 / 3))
     block = np.bincount(block_index(cell_centers(grid), grid), occupied) > 0
-    return np.concatenate([pack_bits(occupied), block.astype(np.uint32), pack_bits(occupied & dark)])
+    layer = (cell_centers(grid)[occupied > 0] * grid // [4, 4, 2]).astype(int)
+    n_layers = grid // np.array([4, 4, 2])
+    empty = [*layer.min(0), *n_layers - 1 - layer.max(0)] if len(layer) else [len(occupied) // 32] * 6
+    return np.concatenate([pack_bits(occupied), block, pack_bits(occupied & dark), empty]).astype(np.uint32)
 
 
 @pytest.mark.parametrize("grid", [16, 32])
 def test_pack_blocks(rng, grid):
-    """A block with a single occupied cell counts as empty, an empty one as occupied, or the bits are changed."""
+    """A block with a single occupied cell counts as empty, an empty one as occupied, or the bits are changed; or the
+    empty layers of bricks are not counted as they should be."""
     number = np.argsort(block_index(cell_centers(grid), grid), kind="stable").reshape(-1, 2048)      # of block's cells
     for turn in range(64):
         occupied = np.zeros(grid**3, bool)
-        some = rng.random(len(number)) < 0.5
+        some = rng.random(len(number)) < (0.5 if turn % 2 else 0.07)             # at times none at all
         occupied[number[some, (32 * turn + rng.integers(0, 32, len(number)))[some]]] = True
         want, blocks = occupancy_model(occupied, True), slice(grid**3 // 32, grid**3 // 32 + len(some))
         filled = want.copy()
-        filled[blocks] = 9
+        filled[blocks], filled[-6:] = 9, grid**3 // 32
         occupancy = buf(filled)
         k.pack_blocks(grid, occupancy)
         got = occupancy.to_numpy()
@@ -751,12 +755,14 @@ def marching(ray, occupied, capacity, block=16, space=BOX, dark=False):
 
 
 def scene_to_march(share, rng, grid=32, n=1500, space=BOX):
-    """Random rays of random cameras, and a random grid: that share of the cells of every other block is occupied."""
+    """Random rays of random cameras, and a random grid: that share of the cells of every other block is occupied, but
+    none of those next to some walls."""
     ray = make_rays(sizes(*[(20, 17, 0)] * 7), some_cameras(20, 17, rng), 0.05, 1 / 50, 1, unbounded=space.unbounded)[0]
     parallel = (ray[:, 4:7] == 0).any(1)             # none of these may get lost in the choice
     chosen = np.union1d(np.flatnonzero(parallel), rng.choice(len(ray), n, replace=False))
-    block = block_index(cell_centers(grid), grid)
-    return ray[chosen], (rng.random(grid**3) < share) & (rng.random(block.max() + 1) < 0.5)[block]
+    block, from_middle = block_index(cell_centers(grid), grid), np.abs(cell_centers(grid) - [0.6, 0.4, 0.525])
+    return ray[chosen], ((rng.random(grid**3) < share) & (rng.random(block.max() + 1) < 0.5)[block]
+                         & (from_middle < [0.35, 0.35, 0.275]).all(1))
 
 
 @pytest.mark.parametrize("share, grid", [(0.0, 16), (0.03, 64), (0.6, 32), (1.0, 32)])
@@ -818,7 +824,7 @@ def test_march_leaves_blocks(rng):
     words = np.where(open_blocks, rng.integers(1, 2**32, len(open_blocks)), 0).astype(np.uint32)
     m = marching(ray, np.ones(grid**3, bool), 10**5)                   # every bit is set: only the words tell
     bits = np.full(grid**3 // 32, 2**32 - 1, np.uint32)
-    m.occupancy.from_numpy(np.concatenate([bits, words, 0 * bits]))
+    m.occupancy.from_numpy(np.concatenate([bits, words, 0 * bits, np.zeros(6, np.uint32)]))
     tinynerf.march(m, len(ray), k.END, N_STEPS)
     got, (wanted, _) = m.march_span.to_numpy()[1::2], march_model(ray, open_blocks[block], BOX)
     assert np.abs(got - wanted).max() <= 1 and (got != wanted).sum() <= 0.003 * len(ray) and (wanted > 20).any()
@@ -826,7 +832,7 @@ def test_march_leaves_blocks(rng):
 
 def test_march_overflow(rng):
     """With full buffers, samples are written past the end, or dropped rays are not counted."""
-    (ray, occupied), block, capacity = scene_to_march(0.6, rng), 16, 4000
+    (ray, occupied), block, capacity = scene_to_march(0.6, rng), 16, 1500
     n = len(ray)
     full, m = (marching(ray, occupied, size, block) for size in (10**5, capacity))
     tinynerf.march(full, n, k.END, N_STEPS)
@@ -4741,7 +4747,7 @@ def golden_scene(rng, m, rate=1e-2):
     for name, x in buffers_within(m):                # what lies beyond the counts may be anything
         if not re.search("params|moment|level|weight|view_|counter|occupancy|density_grid|lit_step|bad_step|each|time|"
                          "proposal.grad", name):
-            fill = 0.33 if name == "march_feature" else FILLS[0]["i" if x.dtype == ti.i32 else "f"]      # which is copied
+            fill = 0.33 if name == "march_feature" else FILLS[0]["i" if x.dtype == ti.i32 else "f"]  # which is copied
             x.from_numpy(np.full_like(x.to_numpy(), fill))
     _, camera, views = views_to_learn(rng, size, 15, mask=True)
     views.alpha, views.points = "mask" if space.unbounded else "background", buf(np.linspace(0.1, 0.9, 15))
@@ -4900,7 +4906,7 @@ def golden_grid(rng):
     k.find_threshold(3, 100.0, buf(uniform(rng, 6, low=1, high=9)), buf(np.zeros(1)))
     density = rng.choice([-1, 0, 0.25, 0.5, 0.5001, k.UNKNOWN], 2048)
     k.pack_occupancy(64, 300, 50, buf(density), buf(np.array([0.5])), buf(rng.choice([0, 249, 250, 251, 299], 2048)),
-                     buf(np.zeros(129, np.uint32)))
+                     buf(np.zeros(135, np.uint32)))
     k.update_density_grid(700, 0.75, count(2048), count(2100), buf(np.arange(4096)[::-1]),
                           buf(uniform(rng, 2048, 5, low=0).round(2)), buf(uniform(rng, 2048, low=0).round(2)),
                           buf(rng.choice([-1, 0, 0.5, 1, k.UNKNOWN], 4096)))
@@ -4955,8 +4961,9 @@ def golden_launches(rng, scene):
     k.bound_views(n, buf(size), buf(camera), buf(np.zeros((n, 4))))
     k.sum_density_grid(4001, 30, buf(uniform(rng, 4001)), buf(np.zeros((134, 2))))
     occupied = np.zeros(grid**3)
-    occupied[rng.integers(0, grid**3, 70)] = 1
-    k.pack_blocks(grid, buf(occupancy_model(occupied > 0)))
+    occupied[rng.integers(0, grid**3, 200)] = 1
+    occupied *= (np.abs(cell_centers(grid) - [0.6, 0.4, 0.6]) < 0.35).all(1)
+    k.pack_blocks(grid, buf(np.append(occupancy_model(occupied > 0)[:-6], np.full(6, grid**3 // 32, np.uint32))))
     x = uniform(rng, 331, 5, low=0)
     k.hash_encode_backward(3, 67, 5, count(331), buf(LEVELS), buf(x), rows(uniform(rng, 331, 3 * F)),
                            rowsF(np.zeros(F * LEVELS[:, 2].sum())))
@@ -5615,7 +5622,7 @@ PORT_BUGS = {
     "fisheye: a folded solution": ("generate_rays", "lens_direction", " and slope > 0.0", ""),
     "fisheye: beyond pi": ("generate_rays", "lens_direction", " and theta < 3.14159", ""),
     "rays from pixels without light": ("generate_rays", "ti.select(length > 0.0, FAR, -1.0)", "FAR"),
-    "a division by 0": ("generate_rays", "d = 1e-9", "d = 1e-5"),
+    "a division by 0": ("generate_rays", "cross_box", "< 1e-9, 1e-9,", "< 1e-9, 1e-5,"),
     "nothing is too near": ("mark_visible_cells", " and p.norm() > near - radius", ""),
     "outlines: square pixels": ("carve_cells", "footprint", "CAMERA * view + 12 + c", "CAMERA * view + 12"),
     "outlines upside down": ("carve_cells", "footprint", "(1, -1)[c]", "(1, 1)[c]"),
@@ -5643,6 +5650,8 @@ PORT_BUGS = {
     "blocks transposed": ("count_samples", "next_sample", "((cell[2] >> 3) * n + (cell[1] >> 4)) * n + (cell[0] >> 4)",
                           "((cell[2] >> 3) * n + (cell[0] >> 4)) * n + (cell[1] >> 4)"),
     "bricks of 4x4x4": ("count_samples", "next_sample", ">> ti.static((0, 0, 1)[c])", ""),
+    "layers from the wrong side": ("pack_blocks", "+ 3 + c], above)", "+ 3 + c], below)"),
+    "a box without z": ("count_samples", "occupied_box", "ti.static((4.0, 4.0, 2.0)[c])", "4.0"),
     "too large blocks": ("count_samples", "next_sample", "scale = 4 ", "scale = 5 "),
     "rays stay straight": ("count_samples", "next_sample", "if bent or", "if False and"),
     "no room": ("count_samples", "distance_bent", "room * half * half / (2.0 * half - 1.0)", "1e9"),

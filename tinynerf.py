@@ -62,7 +62,7 @@ VERSION = "0.1"
 # Scene and model: the same on every machine
 N_CODE = 8                      # numbers learned for each photograph of a capture
 N_LEVELS = 6                    # of the hash grid
-SURFACE_SLOTS = 4               # a hashed level has so many slots times its resolution^2, to the next power of two
+SURFACE_SLOTS = 4               # a hashed level has so many times resolution^2, to the next power of two: see `table`
 TABLE_BOUND = 1e-4              # initial table entries: U(+-1e-4)
 LEARNING_RATE, FINAL_RATE = 3e-2, 9e-3     # of the hash table: decays exponentially from the one to the other,
 COOL_DOWN = 0.1                 # and to nothing over this last share of the training, so that noise settles
@@ -91,12 +91,12 @@ REPEATS = 31                    # of a step, for bench
 
 # What depends on the machine. march: most samples in flight; batch: samples that a step aims to keep of them, after the
 # probe; rays: most rays in flight; coarsest, finest: cells per side of the first and the last level of the hash grid
-# (no finer than the pixels); table: most slots of a level; color_layers: hidden layers of the color MLP; grid: occupancy
-# cells per side; train_steps, render_steps: samples along the box's diagonal (training jitters them, so that coarse
-# steps find thin parts in the mean; a picture needs finer ones); refresh: steps between two updates of the occupancy
-# grid, `batch` live cells each; block: rays per thread of the scan; chunk: samples per partial weight gradient;
-# hash_chunk: samples per writer of the hash gradient, all of them for plain adds. A training run lasts so many seconds
-# or steps, and its video has so many frames.
+# (no finer than the pixels); table: most slots of a level; color_layers: hidden layers of the color MLP; grid:
+# occupancy cells per side; train_steps, render_steps: samples along the box's diagonal (training jitters them, so that
+# coarse steps find thin parts in the mean; a picture needs finer ones); refresh: steps between two updates of the
+# occupancy grid, `batch` live cells each; block: rays per thread of the scan; chunk: samples per partial weight
+# gradient; hash_chunk: samples per writer of the hash gradient, all of them for plain adds. A training run lasts so
+# many seconds or steps, and its video has so many frames.
 MACHINES = {
     "cpu": dict(march=2**16, batch=2**15, rays=2**15, coarsest=24, finest=384, table=2**18, color_layers=1, grid=128,
                 train_steps=320, render_steps=512, refresh=8, block=16, chunk=128, hash_chunk=2**16, seconds=90,
@@ -488,8 +488,8 @@ def level_layout(settings, n_levels=N_LEVELS):
     """[n_levels, 4] i32 for the hash kernels: resolution, first slot, number of slots, 1 if hashed.
 
     Resolutions grow geometrically (instant-ngp, equation 3); n_levels < N_LEVELS leaves out the finest. A level whose
-    (resolution + 1)^3 vertices fit into `table` slots is dense; the others are hashed into a power of two of them, as
-    many as `table` at most, but no more than surfaces can use: their vertices grow with resolution^2.
+    (resolution + 1)^3 vertices fit into `table` slots is dense. The others are hashed into SURFACE_SLOTS resolution^2
+    slots, to the next power of two, or into `table` if that is less: what is next to surfaces grows with resolution^2.
     """
     coarsest, table_slots, rows, first = settings["coarsest"], settings["table"], [], 0
     for l in range(n_levels):
@@ -543,7 +543,7 @@ class Model:
         self.buffers, self.graphs = [], {}                       # see replay()
         self.params = self.new(k.rowF, self.n_rows)              # the hash table's slots, the MLPs' weights, the codes
         self.level = self.load(layout)                           # [n_levels, 4]
-        self.occupancy = self.new(u32, cells // 2048 * 129)      # bits: see kernels.py
+        self.occupancy = self.new(u32, cells // 2048 * 129 + 6)    # bits, and a box around them
         self.mlps, first = [], self.n_slots * k.N_FEATURES
         for name, mlp in mlps.items():
             setattr(self, name, self.new_mlp(first, *mlp))
@@ -1585,7 +1585,7 @@ def glance(m):
     if m.marches:
         occupancy = m.occupancy.to_numpy()
         seen = occupancy.copy()
-        seen[-m.settings["grid"] ** 3 // 32:] = 0                # no cell is dark
+        seen[-m.settings["grid"] ** 3 // 32 - 6:-6] = 0          # no cell is dark
         m.occupancy.from_numpy(seen)
     yield
     if m.marches:
@@ -1775,7 +1775,7 @@ def read_arrays(path, machine, training=False):
                 rows, cells = m.n_rows, m.settings["grid"] ** 3
                 shapes = dict(params=(b"<f4", rows, k.N_FEATURES), moment=(b"<f4", 2 * rows, k.N_FEATURES),
                               density_grid=(b"<f4", cells), lit_step=(b"<i4", cells),
-                              occupancy=(b"<u4", cells // 2048 * 129), time=(b"<f4", max(info["n_photos"], 1)),
+                              occupancy=(b"<u4", cells // 2048 * 129 + 6), time=(b"<f4", max(info["n_photos"], 1)),
                               window=(b"<f4", 1), camera_train=(b"<f4", None, k.CAMERA),
                               camera_test=(b"<f4", None, k.CAMERA), camera_test_size=(b"<i4", None, 4),
                               camera_test_time=(b"<f4", None))
@@ -2046,7 +2046,7 @@ def start_taichi(arch):
     for choice in choices:
         # Matrices as LLVM vectors: weight gradients several times as fast on a CPU; SPIR-V cannot take them.
         # A loop on a CPU is cut into as many pieces as there are threads: several a core share it more evenly.
-        options = dict(real_matrix_scalarize=choice != "cpu", unrolling_limit=0, cpu_max_num_threads=2 * os.cpu_count())
+        options = dict(real_matrix_scalarize=choice != "cpu", unrolling_limit=0, cpu_max_num_threads=4 * os.cpu_count())
         sys.stdout.flush()
         with tempfile.TemporaryFile("w+") as log:    # only Taichi's trace says which device it found
             saved = os.dup(1), os.dup(2)
