@@ -347,7 +347,7 @@ def contract_samples(counter: i32buf, sample: f32buf):
 #     the n words after these   bit c of word w: is cell 32 w + c dark? It is occupied, but the light of no training ray
 #                               has reached it for long: rays end there, since most of what is occupied is hidden
 #     the last 6                how many layers of bricks, 4, 4 and 2 cells thick, are empty: counted from the walls
-#                               x = 0, y = 0, z = 0, then from x = 1, y = 1, z = 1; n each where nothing is occupied
+#                               where x, y and z are 0, then from those where they are 1; n where nothing is occupied
 # density_grid is -1 in cells that are given up before training, for good: no view sees them, or three see that they are
 # empty. All others are live.
 
