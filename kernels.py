@@ -1221,17 +1221,17 @@ def column_times_matrix(x: ti.template(), first_x, j, y: ti.template(), first_y,
 @ti.kernel
 def mlp_backward_weight(n_in: ti.i32, n_hidden: ti.i32, n_out: ti.i32, capacity: ti.i32, chunk: ti.i32, pitch: ti.i32,
                         first: ti.i32, counter: i32buf, x: rows64, hidden: rows64, grad_hidden: rows64, grad_y: rows16,
-                        partial: f32buf):
+                        partial: rowsF):
     """grad_W[j] = sum_i input_i[j] grad_output_i, summed over chunks of samples; sum_partials adds the chunks.
 
     Of the output layer it is the transpose, grad_W_out^T[o] = sum_i grad_y_i[o] hidden_i: always rows of 64.
-    n_chunks = ceil(counter[0] / chunk), pitch = length of a row of `partial`, whose entries are ordered as in `params`.
+    n_chunks = ceil(counter[0] / chunk), and each has `pitch` rows of `partial`, in the order of `params`.
     counter      [4]                               in
     x            [n_samples] rows of 64            in
     hidden       [n_hidden, capacity] rows of 64   in
     grad_hidden  [n_hidden, capacity] rows of 64   in
     grad_y       [n_samples] rows of 16            in
-    partial      [n_chunks, pitch]                 out   this MLP's entries of each chunk, from `first` on
+    partial      [n_chunks, pitch] rows of F       out   this MLP's rows of each chunk, from `first` on
     thread       one per (chunk, row of the MLP in `params`): 64 sums in registers; the threads of a chunk share its
                  samples in the cache
     """
@@ -1248,27 +1248,26 @@ def mlp_backward_weight(n_in: ti.i32, n_hidden: ti.i32, n_out: ti.i32, capacity:
             total = column_times_matrix(hidden, l * capacity, j, grad_hidden, (l + 1) * capacity, begin, end)
         else:
             total = column_times_matrix(grad_y, 0, row - n_rows, hidden, (n_hidden - 1) * capacity, begin, end)
-        at = t // (n_rows + n_out) * pitch + first + row * WIDTH
+        at = t // (n_rows + n_out) * pitch + first + row * (WIDTH // N_FEATURES)
         for c in ti.static(range(WIDTH)):
-            partial[at + c] = total[c]
+            partial[at + c // N_FEATURES][c % N_FEATURES] = total[c]
 
 
 @ti.kernel
-def sum_partials(n_weights: ti.i32, chunk: ti.i32, pitch: ti.i32, first: ti.i32, counter: i32buf, partial: f32buf,
+def sum_partials(n: ti.i32, chunk: ti.i32, pitch: ti.i32, first: ti.i32, counter: i32buf, partial: rowsF,
                  grad_params: rowsF):
     """grad_params += the partial sums of all chunks, in order.
 
-    counter      [4]                 in
-    partial      [n_chunks, pitch]   in      pitch >= n_weights; no multiple of 1024, or a column shares one cache set
-    grad_params  [n_rows] rows of F  in-out  the n_weights numbers from `first` on
-    thread       one per weight
+    counter      [4]                          in
+    partial      [n_chunks, pitch] rows of F  in      pitch >= n; no multiple of 256, or a column shares one cache set
+    grad_params  [n_rows] rows of F           in-out  n rows from `first` on
+    thread       one per row
     """
-    for p in range(n_weights):
-        total = 0.0
+    for j in range(n):
+        total = rowF(0.0)
         for b in range((counter[0] + chunk - 1) // chunk):
-            total += partial[b * pitch + p]
-        j, c = (first + p) // N_FEATURES, (first + p) % N_FEATURES
-        grad_params[j][c] = grad_params[j][c] + total
+            total += partial[b * pitch + j]
+        grad_params[first + j] = grad_params[first + j] + total
 
 
 # ---- Visibility: most of what is marched lies behind a surface or in air. A probe follows each ray, finding density
@@ -2308,7 +2307,7 @@ def relu_backward(counter: i32buf, y: rows64, grad_y: rows64):
 
 @ti.kernel
 def layer_backward_weight(n_x: ti.i32, n_h: ti.i32, n_out: ti.i32, capacity: ti.i32, chunk: ti.i32, pitch: ti.i32,
-                          first: ti.i32, counter: i32buf, x: rows64, h: rows64, grad_y: rows64, partial: f32buf):
+                          first: ti.i32, counter: i32buf, x: rows64, h: rows64, grad_y: rows64, partial: rowsF):
     """grad_W_x[j] = sum_i x_i[j] grad_y_i, grad_W_h[j] = sum_i h_i[j] grad_y_i, summed over chunks of samples as in
     mlp_backward_weight; sum_partials adds the chunks.
 
@@ -2316,7 +2315,7 @@ def layer_backward_weight(n_x: ti.i32, n_h: ti.i32, n_out: ti.i32, capacity: ti.
     x        [n_samples] rows of 64          in
     h        [n_h, capacity] rows of 64      in
     grad_y   [n_out, capacity] rows of 64    in
-    partial  [n_chunks, pitch]               out   this layer's numbers of each chunk, from `first` on
+    partial  [n_chunks, pitch] rows of F     out   this layer's rows of each chunk, from `first` on
     thread   one per (chunk, row of the layer in `params`)
     """
     n_in = n_x + WIDTH * n_h
@@ -2331,9 +2330,9 @@ def layer_backward_weight(n_x: ti.i32, n_h: ti.i32, n_out: ti.i32, capacity: ti.
         else:
             first_h = (j - n_x) // WIDTH * capacity
             total = column_times_matrix(h, first_h, (j - n_x) % WIDTH, grad_y, first_y, begin, end)
-        at = t // (n_out * n_in) * pitch + first + row * WIDTH
+        at = t // (n_out * n_in) * pitch + first + row * (WIDTH // N_FEATURES)
         for c in ti.static(range(WIDTH)):
-            partial[at + c] = total[c]
+            partial[at + c // N_FEATURES][c % N_FEATURES] = total[c]
 
 
 # ---- Density of the models that sample. NeRF's own is relu(geometry[0]), which has no slope where there is no density:

@@ -1086,17 +1086,18 @@ def test_mlp(rng, n_in, n_hidden, n_out):
 
     want, buffer_g = np.concatenate([gw.ravel() for gw in grad_W]), layers(grad_hidden, capacity)
     for chunk in (128, 7, n, 1000):
-        n_chunks, pitch, at, start = -(-n // chunk), flat.size + 16, 5, uniform(rng, params.size + 2 * F)
-        partial, grad_params = buf(np.full((n_chunks + 1, pitch), 9.0)), rowsF(start)
+        n_chunks, n_rows, at, to = -(-n // chunk), flat.size // F, 5, 3
+        partial, start = np.full((n_chunks + 1, n_rows + 9, F), 9.0), uniform(rng, n_rows + 20, F)
+        partial, pitch, grad_params = rowsF(partial), partial.shape[1], rowsF(start)
         k.mlp_backward_weight(n_in, n_hidden, n_out, capacity, chunk, pitch, at, count(n), buffer_x, hidden, buffer_g,
                               grad_y, partial)
-        got = partial.to_numpy().reshape(-1, pitch)
-        assert (np.delete(got, np.s_[at:at + flat.size], 1) == 9).all() and (got[n_chunks:] == 9).all()
-        k.sum_partials(at + flat.size, chunk, pitch, first, count(n), partial, grad_params)
-        got = grad_params.to_numpy().ravel() - start
-        assert np.allclose(got[first:first + at], 9 * n_chunks, rtol=1e-6)
-        assert (np.delete(got, np.s_[first:first + at + flat.size]) == 0).all()
-        assert_close(f"mlp_backward_weight / {chunk}", got[first + at:first + at + flat.size], want, 1e-5)
+        got = partial.to_numpy().reshape(-1, pitch, F)
+        assert (np.delete(got, np.s_[at:at + n_rows], 1) == 9).all() and (got[n_chunks:] == 9).all()
+        k.sum_partials(at + n_rows, chunk, pitch, to, count(n), partial, grad_params)
+        got = grad_params.to_numpy() - start
+        assert np.allclose(got[to:to + at], 9 * n_chunks, rtol=1e-6)
+        assert (np.delete(got, np.s_[to:to + at + n_rows], 0) == 0).all()
+        assert_close(f"mlp_backward_weight / {chunk}", got[to + at:to + at + n_rows].ravel(), want, 1e-5)
 
 
 # ---- Visibility -----------------------------------------------------------------------------------------------------
@@ -2055,13 +2056,13 @@ def test_layer(rng, n_x, n_h, n_out):
         assert_close("  projected", [(got * d).sum()], numeric, 1e-4)
         assert (grad_h.to_numpy().reshape(n_h, capacity, 64)[:, n:] == 9).all()
     for chunk in (40, 200):
-        n_chunks, pitch, at = -(-n // chunk), flat.size + 20, 7
-        partial = buf(np.full((n_chunks + 1, pitch), 9.0))
+        n_chunks, n_rows, at = -(-n // chunk), flat.size // F, 7
+        pitch, partial = n_rows + 11, rowsF(np.full((n_chunks + 1, n_rows + 11, F), 9.0))
         k.layer_backward_weight(n_x, n_h, n_out, capacity, chunk, pitch, at, count(n), buffer_x, buffer_h, grad_y,
                                 partial)
-        got = partial.to_numpy().reshape(-1, pitch)
-        assert (np.delete(got, np.s_[at:at + flat.size], 1) == 9).all() and (got[n_chunks:] == 9).all()
-        got = layer_matrix(got[:n_chunks, at:at + flat.size].astype(np.float64).sum(0), n_in, n_out)
+        got = partial.to_numpy().reshape(-1, pitch, F)
+        assert (np.delete(got, np.s_[at:at + n_rows], 1) == 9).all() and (got[n_chunks:] == 9).all()
+        got = layer_matrix(got[:n_chunks, at:at + n_rows].astype(np.float64).sum(0).ravel(), n_in, n_out)
         assert_close(f"layer_backward_weight / {chunk}", got,
                      np.hstack([x[:, :n_x], h[:, :64 * n_h]]).T @ (g * (want > 0)), 1e-5)
         assert_close("  projected", [(got * e).sum()], numeric_W, 1e-4)
@@ -2594,10 +2595,10 @@ def test_mlp_tangent(rng):
     assert_close("mlp_tangent_forward", tangent_y.to_numpy()[:n, :n_out], want, 1e-5)
     assert (tangent_y.to_numpy()[n:] == 9).all()
 
-    grad_hidden, grad_x, partial = layers(np.zeros((n_hidden, n, 64)), capacity), rows(np.zeros((n, 64))), buf(
-        np.zeros((2, params.size)))
+    grad_hidden, grad_x = layers(np.zeros((n_hidden, n, 64)), capacity), rows(np.zeros((n, 64)))
+    partial = rowsF(np.zeros((2, params.size)))
     k.mlp_backward_input(n_hidden, n_out, capacity, count(n), hidden, weight_t, rows(g, 16), grad_hidden, grad_x)
-    k.mlp_backward_weight(n_in, n_hidden, n_out, capacity, 64, params.size, 0, count(n), rows(t), tangent_hidden,
+    k.mlp_backward_weight(n_in, n_hidden, n_out, capacity, 64, params.size // F, 0, count(n), rows(t), tangent_hidden,
                           grad_hidden, rows(g, 16), partial)
     ways, ends = rng.normal(size=(4, params.size)), np.cumsum([w.size for w in W])[:-1]
 
@@ -4547,8 +4548,8 @@ def test_commands(tmp_path, monkeypatch, capsys, recwarn):
 
     step = [tinynerf.train_step, tinynerf.pick, tinynerf.compare, tinynerf.compare_pixels, tinynerf.march,
             tinynerf.scan, tinynerf.forward, tinynerf.mlp_forward, tinynerf.shade, tinynerf.backward,
-            tinynerf.mlp_backward, tinynerf.spread_backward, tinynerf.color_backward, tinynerf.code_backward,
-            tinynerf.field_backward, tinynerf.adam, tinynerf.load_weights]
+            tinynerf.mlp_backward, tinynerf.sum_partials, tinynerf.spread_backward, tinynerf.color_backward,
+            tinynerf.code_backward, tinynerf.field_backward, tinynerf.adam, tinynerf.load_weights]
     launched = set(re.findall(r"\bk\.([a-z]\w+)\(", "".join(map(inspect.getsource, step))))
     only_photos = {"contract_samples", "distortion_forward", "distortion_backward", "code_backward"}
     assert set(tinynerf.step_work(tinynerf.Model(TINY, BOX), 1, 1, 1, 1, 1)) == launched - only_photos
@@ -4967,7 +4968,7 @@ def golden_launches(rng, scene):
     x = uniform(rng, 331, 5, low=0)
     k.hash_encode_backward(3, 67, 5, count(331), buf(LEVELS), buf(x), rows(uniform(rng, 331, 3 * F)),
                            rowsF(np.zeros(F * LEVELS[:, 2].sum())))
-    k.sum_partials(777, 50, 800, 9, count(n), buf(uniform(rng, 3, 800)), rowsF(uniform(rng, 800)))
+    k.sum_partials(197, 50, 200, 2, count(n), rowsF(uniform(rng, 3, 200 * F)), rowsF(uniform(rng, 200 * F)))
     k.code_backward(6, 10, 150, 1, count(n), buf(np.arange(n)), buf(rng.integers(0, 5, n)), rows(uniform(rng, n, 38)),
                     rowsF(np.zeros(40)))
     raw = uniform(rng, n, k.OUTPUT, low=-6, high=4)
@@ -5050,9 +5051,9 @@ def golden_deep(rng):
             capacity, n_h * capacity, n_in * n_out + 3, n_back + 5, n_out * capacity, n_out * capacity))
         k.layer_forward(n_x, n_h, n_out, 3, capacity, count(n), x, h, weight, y)
         k.layer_backward_input(n_h, n_out, 5, capacity, count(n), h, weight_t, grad_y, h)
-        pitch = k.WIDTH * n_in * n_out + 20
+        pitch = k.WIDTH // F * n_in * n_out + 9
         k.layer_backward_weight(n_x, n_h, n_out, capacity, 67, pitch, 7, count(n), x, h, grad_y,
-                                buf(np.zeros(2 * pitch)))
+                                rowsF(np.zeros(2 * pitch * F)))
     k.relu_backward(count(n), eighths(rng, n), eighths(rng, n))
 
 

@@ -536,7 +536,7 @@ class Model:
         self.first_code = self.n_slots * k.N_FEATURES + self.n_weights
         self.n_codes = n_code * (n_photos + 1)                   # numbers; one code more: the neutral one
         self.n_rows = (self.first_code + self.code_sets * self.n_codes) // k.N_FEATURES
-        self.pitch = self.n_weights + 16                         # of a row of `partial`
+        self.pitch = self.n_weights // k.N_FEATURES + 4          # rows of a chunk in `partial`
         self.rate_shares = (self.n_slots, 0, 1.0), (self.n_rows - self.n_slots, self.n_slots, MLP_RATE)
 
         f32, i32, u32 = ti.f32, ti.i32, ti.u32
@@ -580,7 +580,7 @@ class Model:
 
         self.grad_params = self.new(k.rowF, self.n_rows)
         self.moment = self.new(k.rowF, 2 * self.n_rows)          # Adam's m, v
-        self.partial = self.new(f32, -(-n // settings["chunk"]) * self.pitch)
+        self.partial = self.new(k.rowF, -(-n // settings["chunk"]) * self.pitch)
         self.loss = self.new(f32, n_rays)
         self.distortion = self.new(f32, 3 * n_rays)
         self.grad_pixel = self.new(f32, 4 * n_rays)
@@ -685,12 +685,19 @@ def mlp_forward(m, net, counter, x, hidden, y):
 
 
 def mlp_backward(m, net, first, counter, x, hidden, grad_y, grad_hidden, grad_x, products=None):
-    """Mirror of mlp_forward(): from grad_y to grad_x, and to m.partial, from number `first` of its rows on. `hidden`
-    says what the ReLUs let through; products: what the layers put out, where that is something else."""
+    """Mirror of mlp_forward(): from grad_y to grad_x, and to m.partial, which begins with number `first` of `params`.
+    `hidden` says what the ReLUs let through; products: what the layers put out, where that is something else."""
     capacity = m.settings["march"]
     k.mlp_backward_input(net.n_hidden, net.n_out, capacity, counter, hidden, net.weight_t, grad_y, grad_hidden, grad_x)
-    k.mlp_backward_weight(net.n_in, net.n_hidden, net.n_out, capacity, m.settings["chunk"], m.pitch, first, counter, x,
-                          hidden if products is None else products, grad_hidden, grad_y, m.partial)
+    k.mlp_backward_weight(net.n_in, net.n_hidden, net.n_out, capacity, m.settings["chunk"], m.pitch,
+                          (net.first - first) // k.N_FEATURES, counter, x, hidden if products is None else products,
+                          grad_hidden, grad_y, m.partial)
+
+
+def sum_partials(m, n_weights, first, counter):
+    """m.partial to grad_params, where its n_weights numbers begin with number `first`."""
+    k.sum_partials(n_weights // k.N_FEATURES, m.settings["chunk"], m.pitch, first // k.N_FEATURES, counter, m.partial,
+                   m.grad_params)
 
 
 def forward(m, n_rays, n_steps, first_code):
@@ -732,12 +739,12 @@ def field_backward(m):
     """The rest of backward(): from grad_color_input to grad_params."""
     counter, chunk = m.counter, m.settings["hash_chunk"]
     k.density_head_backward(counter, m.rgb_sigma, m.grad_rgb_sigma, m.grad_color_input, m.grad_geometry)
-    mlp_backward(m, m.density, 0, counter, m.feature, m.density_hidden, m.grad_geometry, m.grad_density_hidden,
-                 m.grad_feature)
+    mlp_backward(m, m.density, m.density.first, counter, m.feature, m.density_hidden, m.grad_geometry,
+                 m.grad_density_hidden, m.grad_feature)
     n_chunks = max(512, -(-m.settings["march"] // chunk))             # a CPU takes 512 turns of a loop as one task
     k.clear_gradients(m.n_slots, 0, m.grad_params)
     k.hash_encode_backward(m.n_levels, n_chunks, chunk, counter, m.level, m.sample, m.grad_feature, m.grad_params)
-    k.sum_partials(m.n_weights, m.settings["chunk"], m.pitch, m.density.first, counter, m.partial, m.grad_params)
+    sum_partials(m, m.n_weights, m.density.first, counter)
 
 
 def spread_backward(m, n_rays, counter, span, sample):
@@ -751,8 +758,8 @@ def spread_backward(m, n_rays, counter, span, sample):
 def color_backward(m, first_code):
     """The part of backward() that ends in the views' codes: from grad_rgb_sigma to grad_color_input."""
     k.color_head_backward(m.counter, m.rgb_sigma, m.grad_rgb_sigma, m.grad_color_raw)
-    mlp_backward(m, m.color, m.color.first - m.density.first, m.counter, m.color_input, m.color_hidden,
-                 m.grad_color_raw, m.grad_color_hidden, m.grad_color_input)
+    mlp_backward(m, m.color, m.density.first, m.counter, m.color_input, m.color_hidden, m.grad_color_raw,
+                 m.grad_color_hidden, m.grad_color_input)
     if m.n_code:
         code_backward(m, m.n_code, first_code, m.counter, m.sample_ray, m.ray_code, m.grad_color_input)
 
@@ -942,7 +949,7 @@ class SampledModel(Model):
         self.mlps, self.nets, self.buffers, self.graphs, f32, i32 = [], [], [], {}, ti.f32, ti.i32
         self.new_nets()
         self.n_rows = sum(net.n_weights for net in self.nets) // k.N_FEATURES
-        self.pitch = max(net.n_weights for net in self.nets) + 16            # of a row of `partial`
+        self.pitch = max(net.n_weights for net in self.nets) // k.N_FEATURES + 4     # rows of a chunk in `partial`
         self.params = self.new(k.rowF, self.n_rows)              # of one network after the other
 
         self.ray_pixel, self.ray_view, self.ray_code = (self.new(i32, n_rays) for _ in range(3))
@@ -964,7 +971,7 @@ class SampledModel(Model):
             return
 
         self.grad_params, self.moment = self.new(k.rowF, self.n_rows), self.new(k.rowF, 2 * self.n_rows)
-        self.partial = self.new(f32, -(-n // settings["chunk"]) * self.pitch)
+        self.partial = self.new(k.rowF, -(-n // settings["chunk"]) * self.pitch)
         self.loss, self.bad_step = self.new(f32, n_rays), self.new(i32, 1)
         self.grad_pixel, self.grad_rgb_sigma = self.new(f32, 4 * n_rays), self.new(f32, 4 * n)
         self.grad_color_raw, self.grad_color_hidden = self.new(k.row16, n), self.new(k.row64, n)
@@ -1176,7 +1183,7 @@ def sampled_backward(m, n_rays, at):
     k.composite_backward(n_rays, at.span, at.sample, m.rgb_sigma, m.pixel, m.grad_pixel, m.grad_rgb_sigma)
     spread_backward(m, n_rays, counter, at.span, at.sample)
     getattr(k, family.color + "_backward")(counter, m.rgb_sigma, m.grad_rgb_sigma, m.grad_color_raw)
-    mlp_backward(m, net.color, net.color.first - net.first, counter, m.color_input, m.color_hidden, m.grad_color_raw,
+    mlp_backward(m, net.color, net.first, counter, m.color_input, m.color_hidden, m.grad_color_raw,
                  m.grad_color_hidden, m.grad_color_input)
     deep_backward(m, at, m)
 
@@ -1184,20 +1191,21 @@ def sampled_backward(m, n_rays, at):
 def deep_backward(m, at, of):
     """Mirror of deep_forward(): from grad_rgb_sigma and grad_color_input to grad_params."""
     net, counter, capacity, family = at.net, at.counter, m.settings["march"], MODELS[m.name]
-    chunk, pitch, last = m.settings["chunk"], m.pitch, len(net.layers) - 1
+    last = len(net.layers) - 1
     getattr(k, family.density + "_backward")(counter, of.rgb_sigma, m.grad_rgb_sigma, of.grad_color_input,
                                              m.grad_geometry)
-    mlp_backward(m, net.density, net.density.first - net.first, counter, of.hidden[last], of.density_hidden,
+    mlp_backward(m, net.density, net.first, counter, of.hidden[last], of.density_hidden,
                  m.grad_geometry, m.grad_density_hidden, m.grad_hidden[last])
     k.relu_backward(counter, of.hidden[last], m.grad_hidden[last])
     for l, layer in reversed(list(enumerate(net.layers))):
         before = max(l - 1, 0)
-        k.layer_backward_weight(layer.n_x, layer.n_h, layer.n_out, capacity, chunk, pitch, layer.param - net.first,
-                                counter, of.feature, of.hidden[before], m.grad_hidden[l], m.partial)
+        k.layer_backward_weight(layer.n_x, layer.n_h, layer.n_out, capacity, m.settings["chunk"], m.pitch,
+                                (layer.param - net.first) // k.N_FEATURES, counter, of.feature, of.hidden[before],
+                                m.grad_hidden[l], m.partial)
         if l > 0:
             k.layer_backward_input(layer.n_h, layer.n_out, layer.row_t, capacity, counter, of.hidden[before],
                                    net.weight_t, m.grad_hidden[l], m.grad_hidden[before])
-    k.sum_partials(net.n_weights, chunk, pitch, net.first, counter, m.partial, m.grad_params)
+    sum_partials(m, net.n_weights, net.first, counter)
 
 
 def sampled_step(m, n_rays, views, seed, step, learning_rate):
@@ -1270,7 +1278,7 @@ def transient_backward(m, n_rays):
     k.uncertainty_backward(n_rays, TRANSIENT, m.march_counter, m.ray_span, m.sample, m.transient, m.beta, m.grad_beta,
                            m.grad_transient)
     k.transient_head_backward(counter, m.transient, m.grad_transient, m.grad_transient_raw)
-    mlp_backward(m, net, net.first - m.density.first, counter, m.transient_input, m.transient_hidden,
+    mlp_backward(m, net, m.density.first, counter, m.transient_input, m.transient_hidden,
                  m.grad_transient_raw, m.grad_transient_hidden, m.grad_transient_input)
     code_backward(m, m.n_code, m.first_transient, counter, m.sample_ray, m.ray_view, m.grad_transient_input)
     color_backward(m, m.first_code)
@@ -1308,9 +1316,9 @@ def warp_march(m, n, span, view, first_code, counter):
 def net_backward(m, net, counter, x, products, grad_raw, owner=None, view=None):
     """Mirror of mlp_forward(): from grad_raw to grad_params. products: what the layers of what is differentiated put
     out; owner, view: whose codes it was told, if any."""
-    mlp_backward(m, net, 0, counter, x, m.warp_hidden, grad_raw, m.grad_warp_hidden, m.grad_warp_input, products)
-    k.sum_partials(k.WIDTH * count_rows(net.n_in, net.n_hidden, net.n_out), m.settings["chunk"], m.pitch, net.first,
-                   counter, m.partial, m.grad_params)
+    mlp_backward(m, net, net.first, counter, x, m.warp_hidden, grad_raw, m.grad_warp_hidden, m.grad_warp_input,
+                 products)
+    sum_partials(m, k.WIDTH * count_rows(net.n_in, net.n_hidden, net.n_out), net.first, counter)
     if owner is not None:
         code_backward(m, N_CODE, m.first_code, counter, owner, view, m.grad_warp_input)
 
