@@ -2053,15 +2053,16 @@ def start_taichi(arch):
         choices.remove("vulkan")                     # no GPU: what Vulkan would find is a renderer in software
     for choice in choices:
         # Matrices as LLVM vectors: weight gradients several times as fast on a CPU; SPIR-V cannot take them.
-        # A loop on a CPU is cut into as many pieces as there are threads: several a core share it more evenly.
-        options = dict(real_matrix_scalarize=choice != "cpu", unrolling_limit=0, cpu_max_num_threads=4 * os.cpu_count())
+        # A loop on a CPU is cut into as many pieces as there are threads: two a core share it more evenly.
+        options = dict(real_matrix_scalarize=choice != "cpu", unrolling_limit=0, cpu_max_num_threads=2 * os.cpu_count())
         sys.stdout.flush()
         with tempfile.TemporaryFile("w+") as log:    # only Taichi's trace says which device it found
             saved = os.dup(1), os.dup(2)
             try:
                 os.dup2(log.fileno(), 1)
                 os.dup2(log.fileno(), 2)
-                ti.init(arch=getattr(ti, choice), enable_fallback=False, log_level=ti.TRACE, **options)
+                with pinned_threads():
+                    ti.init(arch=getattr(ti, choice), enable_fallback=False, log_level=ti.TRACE, **options)
                 started = True
             except RuntimeError:
                 started = False
@@ -2078,6 +2079,20 @@ def start_taichi(arch):
         if started and not (arch == "auto" and choice == "vulkan" and (in_software or device == "unknown")):
             return choice, cpu_name() if choice == "cpu" else device
     raise UserError(f"--arch {arch} is not to be had on this machine", "--arch auto takes the best that there is")
+
+
+@contextlib.contextmanager
+def pinned_threads():
+    """Threads that are started meanwhile are dealt out to the cores, for good, where that can be done (Linux): Taichi's
+    wake up for each kernel, and left alone, at times for seconds, all do so on one core."""
+    def threads():
+        return set(map(int, os.listdir("/proc/self/task"))) if sys.platform == "linux" else set()
+    before = threads()
+    yield
+    for i, thread in enumerate(sorted(threads() - before)):
+        cores = sorted(os.sched_getaffinity(0))
+        with contextlib.suppress(OSError):           # one that has ended since, or a system that forbids it
+            os.sched_setaffinity(thread, {cores[i % len(cores)]})
 
 
 def cpu_name():
