@@ -6,8 +6,9 @@
 
 Rules that hold for the whole file:
   1. Buffers are flat f32, i32 or u32 arrays. A shape like [n, 4] means row-major: x[4*i + c].
-     Only parameters and the MLPs' activations are arrays of vectors, one row an element: x[i][c]. In memory the rows
-     lie one after the other, 4-byte numbers without gaps.
+     Only parameters, copies of them, their gradients and moments, and the MLPs' activations are arrays of vectors, one
+     row an element: x[i][c]. In memory the rows lie one after the other, 4-byte numbers without gaps. No kernel has
+     more than 8 buffers, which is what WebGPU binds.
   2. A kernel is one parallel loop. The loop index is the thread id, plus the loop's first index where that is not 0;
      threads of one launch do not communicate.
   3. Launches run in order, and all writes of one are visible to the next. There is no other synchronisation.
@@ -173,8 +174,8 @@ def list_pixels(n_rays: ti.i32, first: ti.i32, ray_pixel: i32buf, ray_view: i32b
 
 @ti.func
 def distort(x, y, m, camera: ti.template()):
-    """Where OpenCV's lens model puts the point that a pinhole camera would see at (x, y), and its Jacobian; in units of
-    the focal length, y down, r^2 = x^2 + y^2:
+    """Where OpenCV's lens model, with nerfstudio's k4, puts the point that a pinhole camera would see at (x, y), and
+    the Jacobian; in units of the focal length, y down, r^2 = x^2 + y^2:
 
         x_d = x (1 + k1 r^2 + k2 r^4 + k3 r^6 + k4 r^8) + 2 p1 x y + p2 (r^2 + 2 x^2)
         y_d = y (...)                                   + 2 p2 x y + p1 (r^2 + 2 y^2)
@@ -284,7 +285,7 @@ def generate_rays(n_rays: ti.i32, unbounded: ti.i32, near: ti.f32, step_length: 
         direction = direction / ti.max(length, 1e-9)
 
         t_first = near
-        t_last = ti.select(length > 0.0, FAR, -1.0)
+        t_last = ti.select(length > 0.0, ti.select(unbounded == 1, FAR, 1e9), -1.0)
         if unbounded == 0:
             t_first, t_last = cross_box(origin, direction, vec3(0.0), vec3(1.0), t_first, t_last)
         u = 0.5
@@ -312,16 +313,16 @@ def contract(x):
         contract(y) = (2 - 1 / |y|) y / |y|        where |y| > 1
     """
     y = (x - 0.5) / RADIUS
-    n = y.norm()
-    return 0.5 + RADIUS * y * ti.select(n > 1.0, (2.0 - 1.0 / ti.max(n, 1.0)) / ti.max(n, 1.0), 1.0)
+    n = ti.max(y.norm(), 1.0)
+    return 0.5 + RADIUS * y * ((2.0 - 1.0 / n) / n)
 
 
 @ti.func
 def expand(x):
     """The inverse of contract; points that nothing is contracted to go to the far end."""
     y = (x - 0.5) / RADIUS
-    n = y.norm()
-    return 0.5 + RADIUS * y * ti.select(n > 1.0, 1.0 / (ti.max(n, 1.0) * ti.max(2.0 - n, RADIUS / FAR)), 1.0)
+    n = ti.max(y.norm(), 1.0)
+    return 0.5 + RADIUS * y * (1.0 / (n * ti.max(2.0 - n, RADIUS / FAR)))
 
 
 @ti.kernel
@@ -349,7 +350,7 @@ def contract_samples(counter: i32buf, sample: f32buf):
 #     the last 6                how many layers of bricks, 4, 4 and 2 cells thick, are empty: counted from the walls
 #                               where x, y and z are 0, then from those where they are 1; n where nothing is occupied
 # density_grid is -1 in cells that are given up before training, for good: no view sees them, or three see that they are
-# empty. All others are live.
+# empty. All others are live. grid_size is a power of two and at least 16.
 
 @ti.func
 def cell_of(x, resolution):
@@ -359,7 +360,7 @@ def cell_of(x, resolution):
 
 @ti.func
 def cell_number(x, y, z, grid_size):
-    """Number of a cell from its i32 coordinates; grid_size is a power of two and at least 4."""
+    """Number of a cell from its i32 coordinates."""
     n = grid_size >> 2
     return (((z >> 1) * n + (y >> 2)) * n + (x >> 2)) << 5 | (z & 1) << 4 | (y & 3) << 2 | (x & 3)
 
@@ -439,8 +440,7 @@ def mark_visible_cells(grid_size: ti.i32, unbounded: ti.i32, n_views: ti.i32, ne
     for t in range(grid_size * grid_size * grid_size):
         center = (cell_corner(t, grid_size) + 0.5) / grid_size
         radius = 0.8660254 / grid_size
-        seen = 0
-        view = 0
+        seen, view = False, 0
         if unbounded == 1:                           # the sphere around the cell as it was before bending
             if (center - 0.5).norm() > 2.0 * RADIUS + radius:
                 view = n_views                       # nothing is contracted to any of this cell
@@ -449,21 +449,19 @@ def mark_visible_cells(grid_size: ti.i32, unbounded: ti.i32, n_views: ti.i32, ne
             for corner in range(8):
                 x = vec3(corner & 1, corner >> 1 & 1, corner >> 2) - 0.5
                 radius = ti.max(radius, (expand(middle + x / grid_size) - center).norm())
-        while seen == 0 and view < n_views:
+        while not seen and view < n_views:
             p = seen_from(view, camera, center)
             depth = -p[2]
             around = view_bound[4 * view + 1] >= 1e4
-            inside = (around or depth > -radius) and p.norm() > near - radius
+            seen = (around or depth > -radius) and p.norm() > near - radius
             for c in ti.static(range(2)):
                 low, high = view_bound[4 * view + 2 * c], view_bound[4 * view + 2 * c + 1]
                 if not around and p[c] - high * depth > radius * ti.sqrt(1.0 + high * high):
-                    inside = False
+                    seen = False
                 if not around and low * depth - p[c] > radius * ti.sqrt(1.0 + low * low):
-                    inside = False
-            if inside:
-                seen = 1
+                    seen = False
             view += 1
-        density_grid[t] = UNKNOWN if seen == 1 else -1.0
+        density_grid[t] = UNKNOWN if seen else -1.0
 
 
 @ti.func
@@ -611,7 +609,7 @@ def place_cell_samples(n: ti.i32, first: ti.i32, grid_size: ti.i32, step_length:
     live_cell     [grid_size^3]   in    from list_live_cells
     sample        [n_samples, 5]  out   position, 0, dt
     counter       [4]             out   [0] = n_samples = min(n, live_counter[0]); a buffer of its own
-    thread        n >= 1; one per sample, and the first writes n_samples, also if there are none
+    thread        n, n >= 1: the t-th makes sample t, if there is one, and the first writes n_samples, also if it is 0
     """
     for t in range(n):
         n_live = live_counter[0]
@@ -621,9 +619,7 @@ def place_cell_samples(n: ti.i32, first: ti.i32, grid_size: ti.i32, step_length:
                 x[c] = (x[c] + random_f32(seed, STREAM_CELL + c, step, t)) / grid_size
                 sample[5 * t + c] = x[c]
             sample[5 * t + 3] = 0.0
-            sample[5 * t + 4] = step_length
-            if growth > 0.0:
-                sample[5 * t + 4] = step_length + growth * (expand(x) - 0.5).norm()
+            sample[5 * t + 4] = step_length + growth * (expand(x) - 0.5).norm()
         if t == 0:
             counter[0] = ti.min(n, n_live)
 
@@ -787,7 +783,7 @@ def distance_bent(y, room):
     than shrink(n / 2) of what it was; nothing is stretched anywhere.
     """
     half = ti.max(0.5 * y.norm(), 1.0)
-    return ti.max(room, ti.min(0.5 * y.norm(), room * half * half / (2.0 * half - 1.0)))
+    return ti.max(room, ti.min(half, room * half * half / (2.0 * half - 1.0)))
 
 
 @ti.func
@@ -862,9 +858,9 @@ def occupied_box(grid_size, occupancy: ti.template()):
 @ti.kernel
 def count_samples(n_rays: ti.i32, limit: ti.i32, step_length: ti.f32, growth: ti.f32, unbounded: ti.i32,
                   grid_size: ti.i32, ray: f32buf, ray_step: i32buf, pixel: f32buf, occupancy: u32buf, ray_span: i32buf):
-    """First walk: how many samples each ray wants, at most `limit`; none if no light gets through it any more. A ray
-    ends with its first sample in a dark cell: if light does get there, mark_lit_cells will see it. In a scene with
-    walls, it looks only within the box of occupied bricks.
+    """First walk: how many samples each ray wants, at most `limit`; none if it has ended, or no light gets through it
+    any more. A ray ends with its first sample in a dark cell: if light does get there, mark_lit_cells will see it. In a
+    scene with walls, it looks only within the box of occupied bricks.
 
     ray        [n_rays, 8]       in      see generate_rays
     ray_step   [n_rays]          in-out  step to start from; out: that of the first sample, where there is one
@@ -878,7 +874,7 @@ def count_samples(n_rays: ti.i32, limit: ti.i32, step_length: ti.f32, growth: ti
         direction = vec3(ray[8 * r + 4], ray[8 * r + 5], ray[8 * r + 6])
         count = 0
         k, t_first, t_last = ray_step[r], ray[8 * r + 3], ray[8 * r + 7]
-        more = pixel[4 * r + 3] >= T_STOP
+        more = pixel[4 * r + 3] >= T_STOP and k < END
         if more and unbounded == 0:
             low, high = occupied_box(grid_size, occupancy)
             t_in, t_last = cross_box(origin, direction, low, high, t_first, t_last)
@@ -1012,7 +1008,7 @@ def grid_slot(x, y, z, resolution, n_slots, hashed):
 
 @ti.func
 def locate(i, sample: ti.template(), resolution):
-    """Lower corner of the cell of one level around sample i, and where in it the sample lies, in [0, 1]^3."""
+    """Lower corner of the cell around sample i, of `resolution` cells a side, and where in it it lies, in [0, 1]^3."""
     cell = ti.Vector([0, 0, 0])
     fraction = vec3(0.0)
     for c in ti.static(range(3)):
@@ -1306,7 +1302,7 @@ def probe_rays(n_rays: ti.i32, n_levels: ti.i32, n_in: ti.i32, min_weight: ti.f3
     marched behind that, often more than half, is not probed.
 
     Kept are samples that add light to their pixel, whose weight T_k alpha_k (see composite_forward) is at least
-    min_weight, and not 0. The others dim nothing, so that T is what composite_forward will find.
+    min_weight, and whose sigma is not 0. The others dim nothing, so that T is what composite_forward will find.
 
     march_span     [n_rays, 2]             in      first sample, number of samples, of those marched
     level          [n_levels, 4]           in      see hash_encode_forward
@@ -1371,9 +1367,7 @@ def mark_lit_cells(n_rays: ti.i32, grid_size: ti.i32, step: ti.i32, march_span: 
         for i in range(first, first + march_span[2 * r + 1]):
             if march_sigma[i] < 0.0:
                 break
-            cell = ti.Vector([0, 0, 0])
-            for c in ti.static(range(3)):
-                cell[c] = cell_of(march_sample[5 * i + c] * grid_size, grid_size)
+            cell, _ = locate(i, march_sample, grid_size)
             lit_step[cell_number(cell[0], cell[1], cell[2], grid_size)] = step
 
 
@@ -1820,20 +1814,16 @@ def tetrahedron(number, bits):
     that order is mirrored. Its corners are 0, one step along an axis, a second one along another, and 7."""
     first, second = number // 2, (number // 2 + 1 + number % 2) % 3
     corners = 1 << (3 + first) | (1 << first | 1 << second) << 6 | 7 << 9
-    order, n_inside, mirrored = 0, 0, number % 2
+    inside, outside, n_inside, mirrored = 0, 0, 0, number % 2
     for slot in ti.static(range(4)):
         corner = corners >> (3 * slot) & 7
         if bits >> corner & 1 == 1:
-            order |= corner << (3 * n_inside)
+            inside |= corner << (3 * n_inside)
             n_inside += 1
             mirrored ^= (slot - n_inside + 1) & 1    # it overtakes those before it that are outside
-    n_outside = 0
-    for slot in ti.static(range(4)):
-        corner = corners >> (3 * slot) & 7
-        if bits >> corner & 1 == 0:
-            order |= corner << (3 * (n_inside + n_outside))
-            n_outside += 1
-    return order, n_inside, mirrored
+        else:
+            outside |= corner << (3 * (slot - n_inside))
+    return inside | outside << (3 * n_inside), n_inside, mirrored
 
 
 @ti.kernel
@@ -1868,10 +1858,8 @@ def lattice_opacity(n: ti.i32, first: ti.i32, n_side: ti.i32, length: ti.f32, gr
     """
     for t in range(n):
         at = lattice_point(first + t, n_side)
-        wall, cell = False, ti.Vector([0, 0, 0])
-        for c in ti.static(range(3)):
-            wall = wall or at[c] == 0 or at[c] == n_side - 1
-            cell[c] = cell_of(sample[5 * t + c] * grid_size, grid_size)
+        wall = at.min() == 0 or at.max() == n_side - 1
+        cell, _ = locate(t, sample, grid_size)
         number = cell_number(cell[0], cell[1], cell[2], grid_size)
         empty = (occupancy[number >> 5] >> ti.u32(number & 31)) & ti.u32(1) == ti.u32(0)
         opacity[first + t] = ti.select(wall or empty, 0.0, 1.0 - ti.exp(-sigma[t] * length))
@@ -2060,8 +2048,8 @@ def place_samples(r, middle, ray: ti.template(), ray_span: ti.template(), sample
         t_next = ray[8 * r + 7]
         if i + 1 < end:
             t_next = sample[5 * i + 8]
-        sample[5 * i + 4] = t_next - t
-        sample[5 * i + 3] = t + middle * (t_next - t)
+        sample[5 * i + 4] = ti.max(t_next - t, 0.0)  # they are in order but for rounding
+        sample[5 * i + 3] = t + middle * sample[5 * i + 4]
         for c in ti.static(range(3)):
             sample[5 * i + c] = ray[8 * r + c] + sample[5 * i + 3] * ray[8 * r + 4 + c]
         sample_ray[i] = r
@@ -2074,7 +2062,7 @@ def sample_even(n_rays: ti.i32, n: ti.i32, bent: ti.i32, middle: ti.f32, jitter:
 
         t_k = t_first + (k + u_k) (t_last - t_first) / n      u_k random in [0, 1) while training, 1/2 otherwise
 
-    where `bent`, of intervals that are equal on the scale of bend() (Mip-NeRF 360, section 4.1). place_samples makes
+    where `bent`, of intervals that are equal on the scale of bend() (Mip-NeRF 360, equation 11). place_samples makes
     samples of the parts.
     ray         [n_rays, 8]     in    from t_first, not jittered, to t_last
     ray_span    [n_rays, 2]     in    from claim_spans
@@ -2097,7 +2085,8 @@ def sample_even(n_rays: ti.i32, n: ti.i32, bent: ti.i32, middle: ti.f32, jitter:
 @ti.kernel
 def weigh_samples(n_rays: ti.i32, floor: ti.f32, coarse_span: i32buf, coarse_sample: f32buf, rgb_sigma: f32buf,
                   weight: f32buf):
-    """weight[i] = T_k alpha_k + floor, the share of the ray's light that comes from sample i, see composite_forward.
+    """weight[i] = T_k alpha_k + floor, the share of the ray's light that comes from sample i: see composite_forward,
+    but to the end of the ray, without T_STOP.
 
     coarse_span    [n_rays, 2]    in
     coarse_sample  [n_coarse, 5]  in    [4] = dt
@@ -2230,7 +2219,8 @@ def direction_input_forward(counter: i32buf, geometry: rows16, sample_ray: i32bu
 # is row b capacity + i. The last layer is one block and feeds the MLPs above. In `params` and in
 #     weight    [n_out (n_x + 64 n_h)] rows of 64    for each block of outputs the rows of its W_x, then of its W_h; in
 #     weight_t  [n_h n_out 64] rows of 64            W_h^T: for each block of h and block of outputs its 64 rows
-# a layer's rows begin at `first`. grad_y and grad_h mean "before the ReLU", as grad_hidden does above.
+# a layer's rows begin at `first` and first_t; its numbers in `params`, at first_param. grad_y and grad_h mean "before
+# the ReLU", as grad_hidden does above.
 
 @ti.kernel
 def load_layer(n_x: ti.i32, n_h: ti.i32, n_out: ti.i32, first_param: ti.i32, first: ti.i32, first_t: ti.i32,
@@ -2337,7 +2327,7 @@ def layer_backward_weight(n_x: ti.i32, n_h: ti.i32, n_out: ti.i32, capacity: ti.
 
 # ---- Density of the models that sample. NeRF's own is relu(geometry[0]), which has no slope where there is no density:
 # on a colored sphere before a background, the network of the tests put out 0 everywhere after a few steps, for good.
-# mip-NeRF's is softplus(geometry[0] - 1), and both models have that here.
+# mip-NeRF's is softplus(geometry[0] - 1), and all three models have that here.
 
 @ti.kernel
 def density_softplus_forward(counter: i32buf, geometry: rows16, rgb_sigma: f32buf):
@@ -2479,6 +2469,7 @@ def color_wide_forward(counter: i32buf, color_raw: rows16, rgb_sigma: f32buf):
 def color_wide_backward(counter: i32buf, rgb_sigma: f32buf, grad_rgb_sigma: f32buf, grad_color_raw: rows16):
     """grad_color_raw[i] = (1 + 2 MARGIN) s (1 - s) grad_rgb, where s = (rgb + MARGIN) / (1 + 2 MARGIN) is the sigmoid
 
+    composite_backward takes colors to be in [0, 1]: what it finds behind a sample is off by up to MARGIN T.
     counter         [4]                     in
     rgb_sigma       [n_samples, 4]          in
     grad_rgb_sigma  [n_samples, 4]          in    [0:3]
@@ -2509,7 +2500,7 @@ def weigh_loss(n_rays: ti.i32, share: ti.f32, grad_pixel: f32buf):
 @ti.kernel
 def contracted_encode_forward(unbounded: ti.i32, counter: i32buf, sample_ray: i32buf, ray: f32buf, ray_view: i32buf,
                               camera: f32buf, sample: f32buf, feature: rows64):
-    """integrated_encode_forward of the frustum's Gaussian after `contract` (section 3.1), taken as linear about the
+    """integrated_encode_forward of the frustum's Gaussian after `contract` (equation 9), taken as linear about the
     mean x: the contracted one has the mean contract(x) and, of the Jacobian J there, the covariance J Sigma J^T, of
     which the encoding takes the diagonal. With e the unit vector from the middle of the cube to x, and contract's |y|,
 
@@ -2571,7 +2562,7 @@ def touched(i, part, end, sample: ti.template(), coarse_sample: ti.template()):
 @ti.kernel
 def interlevel_forward(n_rays: ti.i32, coarse_span: i32buf, coarse_sample: f32buf, coarse_weight: f32buf,
                        ray_span: i32buf, sample: f32buf, weight: f32buf, bound: f32buf, interlevel: f32buf):
-    """What the fine samples found that the proposal has not foreseen (section 3.1, equations 12 and 13):
+    """What the fine samples found that the proposal has not foreseen (equations 12 and 13):
 
         bound_i      = sum of the weights of all coarse parts of the ray that overlap with part i
         interlevel_r = sum_i max(0, w_i - bound_i)^2 / (w_i + 1e-7)
@@ -2803,7 +2794,7 @@ def composite_both_backward(n_rays: ti.i32, ray_span: i32buf, sample: f32buf, rg
 def uncertainty_forward(n_rays: ti.i32, ray_span: i32buf, sample: f32buf, transient: f32buf, beta: f32buf):
     """Uncertainty of a pixel, rendered from the transient part alone:
 
-        beta = BETA_MIN + sum_k T'_k alpha'_k b_k        T'_{k+1} = T'_k exp(-u_k dt_k)
+        beta = BETA_MIN + sum_k T'_k alpha'_k b_k        T'_{k+1} = T'_k exp(-u_k dt_k), to the end of the ray
 
     The paper adds the minimum to each b_k; then pixels without a transient part would have none. Its minimum is 0.03:
     with that, a run of a minute gives up all pixels that are hard at first, the subject's, for those of empty air.
@@ -2835,7 +2826,7 @@ def weigh_by_uncertainty(n_rays: ti.i32, counter: i32buf, loss: f32buf, beta: f3
     loss        [n_rays]     in      |color - target|^2 / 3
     beta        [n_rays]     in
     grad_pixel  [n_rays, 4]  in-out  from loss_and_gradient
-    grad_beta   [n_rays]     out     0 where the ray does not count
+    grad_beta   [n_rays]     out     0 where the loss is 0: where the ray does not count
     thread      one per ray
     """
     for r in range(n_rays):
@@ -2948,7 +2939,7 @@ def stumpff(s):
     """c_n = sum_k (-s)^k / (2 k + n)! for n = 1 ... 7 (entry n): with s = angle^2, c_1 = sin(angle) / angle,
     c_2 = (1 - cos(angle)) / angle^2, c_3 = (angle - sin(angle)) / angle^3, without their 0/0 and cancellation. Slopes:
     c_n' = (n c_{n+2} - c_{n+1}) / 2. Good to f32 up to a whole turn, s = (2 pi)^2; from s = 40 on they stay what they
-    are there, which is no rotation any more, but finite."""
+    are there, which is no rotation any more, but finite, and so do the slopes, which are not those of that."""
     x = ti.min(s, 40.0)
     c = ti.Vector([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 1.0])
     for back in range(14):
@@ -3083,7 +3074,7 @@ def hash_position_backward(n_levels: ti.i32, counter: i32buf, level: i32buf, sam
             grad_position[3 * i + c] = grad[c]
 
 
-# ---- What keeps a warp honest (Nerfies, sections 3.3 and 3.5): photographs of one moment each say little of how things
+# ---- What keeps a warp honest (Nerfies, sections 3.3 and 3.4): photographs of one moment each say little of how things
 # moved. Static points, known from elsewhere, are to stay where they are, and things are to move as rigidly as they can.
 
 @ti.kernel
@@ -3101,8 +3092,8 @@ def pick_moments(n: ti.i32, n_views: ti.i32, seed: ti.i32, step: ti.i32, view: i
 def pick_static_points(n: ti.i32, n_points: ti.i32, seed: ti.i32, step: ti.i32, point: f32buf, sample: f32buf):
     """n random ones of the static points, as samples.
 
-    point   [n_points, 3]  in    in the cube
-    sample  [n, 5]         out   position, 0, 0
+    point   [n_points, 3]  in    in units of the cube, maybe outside of it, not contracted yet
+    sample  [n, 5]         out   position, as in `point`, 0, 0
     thread  one per sample
     """
     for i in range(n):
@@ -3115,7 +3106,8 @@ def pick_static_points(n: ti.i32, n_points: ti.i32, seed: ti.i32, step: ti.i32, 
 
 @ti.kernel
 def static_loss(strength: ti.f32, counter: i32buf, sample: f32buf, seen: f32buf, grad_position: f32buf):
-    """Background loss (equation 7), L = strength / n sum_i |position after the warp - before|^2 of static points.
+    """Background loss, L = strength / n sum_i |position after the warp - before|^2 of static points (section 3.4; there
+    of the distance itself, whose gradient does not fade out).
 
     counter        [4]             in    [0] = n
     sample, seen   [n_samples, 5]  in    after and before the warp
@@ -3145,10 +3137,7 @@ def pick_kept_samples(n: ti.i32, seed: ti.i32, step: ti.i32, counter: i32buf, se
     """
     for j in range(n):
         i = ti.cast(random_u32(seed, STREAM_ELASTIC, step, j) % ti.u32(ti.max(counter[0], 1)), ti.i32)
-        scale = 0.0
-        if counter[0] > 0:
-            scale = ti.cast(counter[0], ti.f32) / (n * ti.max(counter[1], 1))
-        picked_weight[j] = scale * weight[i]
+        picked_weight[j] = counter[0] / n / ti.max(counter[1], 1) * weight[i]
         for axis in ti.static(range(3)):
             for c in ti.static(range(5)):
                 sample[5 * (3 * j + axis) + c] = seen[5 * i + c]

@@ -25,6 +25,7 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 import tracemalloc
 import types
@@ -289,6 +290,9 @@ def test_rays(rng):
     free = make_rays(size, camera, near, step_length, unbounded=1)[0]
     assert_close("unbounded entry", free[:, 3], np.full(len(ray), near + 0.5 * step_length), 1e-6)
     assert (free[:, 7] == k.FAR).all() and np.array_equal(np.delete(free, [3, 7], 1), np.delete(ray, [3, 7], 1))
+    far = look_at([3 * k.FAR, 0.4, 0.5], [0.5, 0.4, 0.5], 2000, 13, 9)     # a box may be small from where it is seen
+    distant = make_rays(sizes((13, 9, 0)), far[None], near, step_length)[0]
+    assert (distant[:, 3] < distant[:, 7]).all()
     jittered = make_rays(size, camera, near, step_length, 1, 5, 3)[0]
     _, u = random_model(5, k.STREAM_JITTER, 3, np.arange(len(ray)))
     assert_close("jitter", (jittered - ray)[hit, 3], (u[hit] - 0.5) * step_length, 3e-4)
@@ -3002,17 +3006,21 @@ INTRINSICS = {                                       # photos are 12x8: fx, fy, 
     "file": (lambda m: None, [10, 11, 5.5, 4.25, 0], 0),
     "square pixels, centred": (lambda m: drop(m, "fl_y", "cx", "cy", "w", "h"), [10, 10, 6, 4, 0], 0),
     "null": (lambda m: m.update(fl_y=None, cx=None, k1=None, camera_model=None, w=None), [10, 10, 6, 4.25, 0], 0),
-    "angle": (lambda m: (drop(m, "fl_x", "w", "h"), m.update(camera_angle_x=ANGLE)),
+    "angle": (lambda m: (drop(m, "fl_x", "fl_y", "w", "h"), m.update(camera_angle_x=ANGLE)),
               [6 / math.tan(ANGLE / 2), 6 / math.tan(ANGLE / 2), 5.5, 4.25, 0], 0),
-    "angles": (lambda m: (drop(m, "fl_x"), m.update(camera_angle_x=ANGLE, camera_angle_y=ANGLE)),
+    "angles": (lambda m: (drop(m, "fl_x", "fl_y"), m.update(camera_angle_x=ANGLE, camera_angle_y=ANGLE)),
                [6 / math.tan(ANGLE / 2), 4 / math.tan(ANGLE / 2), 5.5, 4.25, 0], 0),
-    "other angle": (lambda m: (drop(m, "fl_x"), m.update(camera_angle_y=ANGLE)),
+    "other angle": (lambda m: (drop(m, "fl_x", "fl_y"), m.update(camera_angle_y=ANGLE)),
                     [4 / math.tan(ANGLE / 2), 4 / math.tan(ANGLE / 2), 5.5, 4.25, 0], 0),
     "angle and focal length": (lambda m: m.update(camera_angle_x=ANGLE, camera_angle_y=1.0), [10, 11, 5.5, 4.25, 0], 0),
     "frame": (lambda m: m["frames"][6].update(fl_x=20, fl_y=21, cx=1, cy=2, k1=0.1), [20, 21, 1, 2, 0.1], 0),
     "frame only": (lambda m: (drop(m, "fl_x", "fl_y", "cx", "cy", "w", "h"), [f.update(
         fl_x=20 + i, w=12, h=8) for i, f in enumerate(m["frames"])]), [26, 26, 6, 4, 0], 0),
     "half as large": (lambda m: m.update(w=24, h=16, k1=0.1), [5, 5.5, 2.75, 2.125, 0.1], 0),
+    "half as wide": (lambda m: (drop(m, "h", "cy"), m.update(w=24)), [5, 5.5, 2.75, 4, 0], 0),
+    "half as high": (lambda m: (drop(m, "w", "cx"), m.update(h=16)), [5, 5.5, 6, 2.125, 0], 0),
+    "one angle, one focal length": (lambda m: (drop(m, "fl_x"), m.update(camera_angle_x=ANGLE)),
+                                    [6 / math.tan(ANGLE / 2), 11, 5.5, 4.25, 0], 0),
     "as large within a pixel": (lambda m: m.update(w=120, h=77), [1, 1.1, 0.55, 0.425, 0], 0),
     "larger": (lambda m: m.update(w=6, h=4, cx=3, cy=2), [20, 22, 6, 4, 0], 0),
     "pinhole": (lambda m: m.update(camera_model="PINHOLE"), [10, 11, 5.5, 4.25, 0], 0),
@@ -3039,14 +3047,16 @@ def test_file_names(capture):
     """A photo is not found as instant-ngp's and nerfstudio's scripts spell it."""
     os.makedirs(capture.parent / "elsewhere")
     shutil.move(capture / "images" / "03.png", capture.parent / "elsewhere")
+    photo = "images/\u5199\u3000\u771f 5.00\u202fPM \U0001f468\u200d\U0001f469.png"         # spaces, and emoji joined
+    shutil.move(capture / "images" / "05.png", capture / photo)
     names = ["./images/00.png", "images/01", ".\\images\\02.png", "../elsewhere/03.png",
-             str(capture / "images" / "04.png")]
+             str(capture / "images" / "04.png"), photo]
     change_json(capture / "transforms.json", lambda m: [m["frames"][9 - i].update(file_path=name)
                                                         for i, name in enumerate(names)])
     text = (capture / "transforms.json").read_text()
     (capture / "transforms.json").write_text(text, encoding="utf-8-sig")     # with a byte order mark
     scene = tinynerf.load_scene(str(capture))
-    want = [names[3], names[4]] + [photo_name(0), names[1]] + [photo_name(i) for i in (2, 5, 6, 7, 8, 9)]
+    want = [names[3], names[4], photo_name(0), names[1], *(photo_name(i) for i in (2, 6, 7, 8, 9)), photo]
     assert scene.skipped == [] and scene.test.names == [want[0], want[8]]
     assert scene.train.names == want[1:8] + want[9:]
 
@@ -3116,6 +3126,10 @@ def test_masks(capture, rng):
     assert "none.png" in scene.skipped[0]
     assert np.array_equal(images[photo_name(6)], np.dstack([rgba[..., :3], (rgba[..., 3] >= 128) * np.uint8(255)]))
     assert np.array_equal(images[photo_name(7)][..., 3], 255 * (mask * (rgba[..., 3] >= 128)))
+
+    imageio.imwrite(capture / "small.png", 0 * mask)
+    scene, views = load_capture(capture, change)
+    assert photo_name(3) not in views.names and any("no pixel that counts" in line for line in scene.skipped)
 
     mask = np.ones((8, 12), np.uint8)
     mask[0, 0] = mask[6:, 9:] = 0                    # in blocks of 3x3 of which the last two rows are cropped
@@ -3590,6 +3604,14 @@ def test_window(rng, monkeypatch, tmp_path, capsys):
     samples = tinynerf.render_view(m, window.camera, 32, 24)[1]
     assert np.corrcoef(np.isfinite(samples).ravel(), window.image[..., 0].ravel() > 0)[0, 1] > 0.1
     assert np.array_equal(imageio.imread(tmp_path / "view_000.png"), tinynerf.to_bytes(window.image))
+
+    m.moves, times, moments = True, [], np.linspace(5.0, 10.0, 21)
+    monkeypatch.setattr(tinynerf, "set_moment", lambda m, time: times.append(time))
+    monkeypatch.setattr(tinynerf, "moments", lambda m, n: moments[:n])
+    window.time = float(moments[0])
+    do(event(","), event("."), event("."), event(","))
+    assert times == [5.0, 5.25, 5.5, 5.25]           # not before the first
+    m.moves = False
 
     monkeypatch.setattr(Gui, "script", [[event("c")]] + [[] for _ in range(5)] + [[event(Gui.LEFT)]])
     window.run()
@@ -4090,7 +4112,8 @@ def mutations(whole, rng):
         a = arrays[name]
         yield from ((f"{name} {what}", packed(**{name: changed})) for what, changed in dict(
             missing=None, shorter=a[:-1], flat=a.ravel(), wide=a.astype("f8"), big=a.astype(f">{a.dtype.str[1:]}"),
-            order=np.asfortranarray(a), pickled=a[:5].astype(object), nan=a * np.float32(np.nan), empty=a[:0]).items())
+            order=np.asfortranarray(a), pickled=a[:5].astype(object), nan=a * np.float32(np.nan), empty=a[:0],
+            zero=0 * a, huge=0 * a + np.array(2**31 - 1, a.dtype)).items())
 
 
 def test_strangers(tiny, rng, monkeypatch, capsys):
@@ -4129,7 +4152,7 @@ def test_strangers(tiny, rng, monkeypatch, capsys):
             worst = max(worst, memory / len(whole))
         summary += [f"{name}: {len(lines)} of {len(lines) + len(taken)} refused, {worst:.1f} times its size in memory"]
         summary += ["    taken: " + what for what in taken]
-        assert taken[0] == "nothing" and len(lines) > 100
+        assert taken[0] == "nothing" and len(lines) > 100 and not any("camera_test_size" in what for what in taken)
     for version, word in ((tinynerf.FORMAT + 1, "newer version"), (None, "older version")):
         arrays = dict(np.load(io.BytesIO(whole)))
         info = json.dumps({**json.loads(str(arrays["info"])), "format": version})
@@ -4180,6 +4203,7 @@ def test_nothing_to_see(tiny, capsys):
         assert "nothing to learn" in fails(capsys, "train", scene, "--out", "run", "--steps", 9)
         assert "nothing to learn" in fails(capsys, "train", scene, "--out", "mine", "--overwrite", "--steps", 9)
         assert not os.path.exists("run") and set(os.listdir("mine")) == {"log.csv", "model.npz"}
+        assert (tiny / "mine" / "log.csv").read_text() == "of an earlier run"
 
 
 def test_not_finite(tiny, monkeypatch, capsys):
@@ -4210,7 +4234,7 @@ def test_disk_trouble(tiny, monkeypatch, capsys, trouble):
     in_step(monkeypatch, 5, happen)
     line = fails(capsys, "train", "scene", "--out", "run", "--steps", 60)
     monkeypatch.undo()
-    assert f"cannot write {os.path.join('run', 'checkpoint.npz')}: " in line
+    assert f"cannot write {os.path.join('run', 'checkpoint.npz' if trouble == 'full' else 'log.csv')}: " in line
     if trouble == "removed":
         assert not (tiny / "run").exists()
     else:
@@ -4231,13 +4255,64 @@ def test_last_cell():
         tinynerf.believe(state, tinynerf.CHECKPOINT_INFO["state"])
 
 
-def test_resume_mistakes(tiny, mistake):
+def test_resume_mistakes(tiny, mistake, monkeypatch, capsys):
     """--resume takes what it cannot go on with, or options that it does not heed."""
     for option in (["--steps", 5], ["--seconds", 5], ["--out", "x"], ["--seed", 0], ["--downscale", 1],
                    ["--overwrite"]):
         mistake(option[0], "train", "scene", "--resume", "run", *option)
     mistake("checkpoint.npz", "train", "--resume", "nowhere")
     mistake("checkpoint.npz", "train", "--resume", "scene")
+    monkeypatch.setattr(tinynerf, "measure", lambda m, views, out: dict.fromkeys(METRICS, 0.0))
+    monkeypatch.setattr(tinynerf, "write_frames", lambda path, frames, n_frames: path)
+    in_step(monkeypatch, 1, lambda m: signal.raise_signal(signal.SIGINT))
+    assert command("train", "scene", "--out", "run", "--steps", 3) == 0
+    os.remove("run/model.npz")                       # as if it had been killed
+    capsys.readouterr()
+    for name in ("render", "view"):
+        assert command(name, "run") == 2 and "'train --resume run' goes on" in capsys.readouterr().err
+    change_json(tiny / "scene" / "transforms_train.json", lambda meta: meta["frames"][3].update(
+        transform_matrix=meta["frames"][2]["transform_matrix"]))
+    assert "other views, poses or sizes" in fails(capsys, "train", "--resume", "run")
+
+
+def test_two_at_once(tiny, monkeypatch):
+    """Two runs of a scene that begin together write to one folder."""
+    make_model = tinynerf.make_model
+
+    def another(*arguments):
+        os.makedirs("runs/scene")
+        return make_model(*arguments)
+    monkeypatch.setattr(tinynerf, "make_model", another)
+    monkeypatch.setattr(tinynerf, "measure", lambda m, views, out: dict.fromkeys(METRICS, 0.0))
+    monkeypatch.setattr(tinynerf, "write_frames", lambda path, frames, n_frames: path)
+    assert command("train", "scene", "--steps", 1) == 0
+    assert os.listdir("runs/scene") == [] and "model.npz" in os.listdir("runs/scene-2")
+
+
+def test_video(tmp_path):
+    """A video that is cut off is taken for whole; or there is none of an odd size, or with another spelling of .mp4."""
+    frames = [np.full((5, 1, 3), 60 * i, np.uint8) for i in range(3)]
+    path = tinynerf.write_frames(str(tmp_path / "Odd.MP4"), iter(frames), 3)
+    assert [frame.shape for frame in imageio.imiter(path)] == 3 * [(6, 2, 3)]
+    if path.endswith(".MP4"):                        # there is ffmpeg
+        with pytest.raises(tinynerf.UserError, match="cannot write"):
+            tinynerf.write_frames(path, iter(frames), 4)
+    assert os.listdir(tmp_path) == [os.path.basename(path)]
+
+
+def test_pinned_threads():
+    """Taichi's threads may all wake up on one core."""
+    done = threading.Event()
+    with tinynerf.pinned_threads():
+        threads = [threading.Thread(target=done.wait) for _ in range(5)]
+        for thread in threads:
+            thread.start()
+    if sys.platform == "linux":
+        cores = sorted(os.sched_getaffinity(0))
+        got = sorted(min(os.sched_getaffinity(thread.native_id)) for thread in threads)
+        assert got == sorted(cores[i % len(cores)] for i in range(5))
+        assert all(len(os.sched_getaffinity(thread.native_id)) == 1 for thread in threads)
+    done.set()
 
 
 # ---- Command line ---------------------------------------------------------------------------------------------------
@@ -4393,12 +4468,14 @@ def test_option_mistakes(scene, mistake, tmp_path):
                    ["--seconds", "-1"], ["--seconds", "inf"], ["--downscale", "0"], ["--downscale", "1.5"],
                    ["--seed", "x"], ["--arch", "gpu"]):
         mistake(option[0], "train", scene, *option)
-    for size in ("0x8", "8x0", "8", "8x8x8", "axb", "-8x8", "8*8"):
+    for size in ("0x8", "8x0", "8", "8x8x8", "axb", "-8x8", "8*8", "32769x8"):
         mistake("--size", "render", scene, f"--size={size}")
     mistake("--frames", "render", scene, "--frames", "0")
     mistake("--path", "render", scene, "--path", "sideways", "--arch", ARCH)
     mistake("--resolution", "mesh", scene, "--resolution", 4)
     mistake("--resolution", "mesh", scene, "--resolution", "fine")
+    mistake("--resolution", "mesh", scene, "--resolution", 1023)             # 2 * 1024^3 is no i32
+    mistake("--resume", "train", scene, "--resume", "")
     mistake("--steps", "bench", scene, "--steps", "0")
     mistake("--budget", "bench", scene, "--budget", "1", "0", "1")
     mistake("not allowed with", "train", scene, "--steps", 5, "--seconds", 5)
@@ -5622,7 +5699,7 @@ PORT_BUGS = {
     "lens: a folded solution": ("generate_rays", "lens_direction", " and det > 0.0 and xx > 0.0", " and xx > 0.0"),
     "fisheye: a folded solution": ("generate_rays", "lens_direction", " and slope > 0.0", ""),
     "fisheye: beyond pi": ("generate_rays", "lens_direction", " and theta < 3.14159", ""),
-    "rays from pixels without light": ("generate_rays", "ti.select(length > 0.0, FAR, -1.0)", "FAR"),
+    "rays from pixels without light": ("generate_rays", "ti.select(length > 0.0, ti", "ti.select(True, ti"),
     "a division by 0": ("generate_rays", "cross_box", "< 1e-9, 1e-9,", "< 1e-9, 1e-5,"),
     "nothing is too near": ("mark_visible_cells", " and p.norm() > near - radius", ""),
     "outlines: square pixels": ("carve_cells", "footprint", "CAMERA * view + 12 + c", "CAMERA * view + 12"),
@@ -5759,7 +5836,7 @@ PORT_BUGS = {
     "sides swapped": ("hash_position_backward", "(1.0 if corner >> c & 1 else -1.0)",
                       "(-1.0 if corner >> c & 1 else 1.0)"),
     "static points without 1/n": ("static_loss", " / counter[0]", ""),
-    "picks without their number": ("pick_kept_samples", "/ (n * ti.max", "/ (ti.max"),
+    "picks without their number": ("pick_kept_samples", "/ n / ti.max", "/ ti.max"),
     "slope of p, not of x": ("warp_tangent_input", "slope = 6.2831853", "slope = 3.14159265"),
     "tangents through a ReLU": ("mlp_tangent_forward", "ti.select(hidden[i] > 0.0", "ti.select(total > 0.0"),
     "J for its transpose": ("elastic_loss", "G = J @ V", "G = J.transpose() @ V"),

@@ -190,9 +190,15 @@ def parse_number(key, x, low, high):
     return float(x)
 
 
+def is_line(text):
+    """Whether something is text that can be printed in a line, in any script: no controls, no change of direction."""
+    return isinstance(text, str) and not re.search(
+        "[\0-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]", text)
+
+
 def parse_path(text):
     """A file's name in one spelling; ValueError for what cannot be printed in a line."""
-    if not isinstance(text, str) or not text.isprintable():
+    if not is_line(text):
         raise ValueError(f"{text!r:.40} is not a file's name")
     return posixpath.normpath(text.replace("\\", "/"))
 
@@ -240,11 +246,10 @@ def is_pose(pose):
 
 def frame_camera(f, width, height, downscale=1):
     """Camera [22], see load_scene, of a frame from parse_frame and its image's size before downscaling."""
-    w, h = f.w or width, f.h or height
-    fx, fy = f.fl_x, f.fl_y
-    if fx is None:
-        fx = f.camera_angle_x and 0.5 * w / math.tan(0.5 * f.camera_angle_x)
-        fy = f.camera_angle_y and 0.5 * h / math.tan(0.5 * f.camera_angle_y)
+    w = f.w or (f.h or height) * width / height
+    h = f.h or w * height / width
+    fx = f.fl_x or (f.camera_angle_x and 0.5 * w / math.tan(0.5 * f.camera_angle_x))
+    fy = f.fl_y or (f.camera_angle_y and 0.5 * h / math.tan(0.5 * f.camera_angle_y))
     cx, cy = 0.5 * w if f.cx is None else f.cx, 0.5 * h if f.cy is None else f.cy
     pixels = np.array([fx or fy, fy or fx, cx, cy]) * (width / w / downscale)
     return np.concatenate([f.pose.ravel(), pixels, [getattr(f, key) or 0.0 for key in LENS]])
@@ -280,6 +285,8 @@ def load_view(f, folder, downscale, capture):
             rows, columns = rgba.shape[0] * downscale, rgba.shape[1] * downscale
             rgba[..., 3] = full[:rows, :columns, 3].reshape(len(rgba), downscale, -1, downscale).min((1, 3))
 
+    if capture and not rgba[..., 3].any():
+        return None, ("no pixel that counts", f.name)
     camera = frame_camera(f, width, height, downscale)
     return types.SimpleNamespace(name=f.name, rgba=rgba, lens=int(f.fisheye), camera=camera, time=f.time,
                                  still=f.still), problem
@@ -1425,9 +1432,10 @@ MODELS = {name: types.SimpleNamespace(**parts) for name, parts in dict(
                     settings=dict(cpu=dict(SAMPLED_CPU, batch=2**11, coarse=24, fine=12, proposal=1, distortion=0.001),
                                   gpu=dict(SAMPLED_GPU, coarse=64, fine=32, proposal=4, distortion=0.001))),
     nerfw=dict(make=WildModel, step=wild_step, draw=draw_rays, rates=None, settings=dict(cpu={}, gpu={}), info={}),
-    nerfies=dict(make=Nerfies, step=moving_step, draw=draw_rays, rates=None, settings=dict(cpu={}, gpu={}), info={}),
+    nerfies=dict(make=Nerfies, step=moving_step, draw=draw_rays, rates=None, settings=dict(cpu={}, gpu={}),
+                 info=dict(n_photos=(1, 2**20))),
     hypernerf=dict(make=HyperNeRF, step=moving_step, draw=draw_rays, rates=None, settings=dict(cpu={}, gpu={}),
-                   info={}),
+                   info=dict(n_photos=(1, 2**20))),
 ).items()}
 
 
@@ -1643,7 +1651,8 @@ def evaluate(m, views, each=lambda i, rgb, depth, truth: None):
 
 def evaluate_fitted(m, views, n_steps=50, n_rays=512):
     """PSNR of the right half of each view when its code has been learned from its left half, everything else as it is
-    (NeRF in the Wild, section 5): what is left is not exposure or white balance. The mean over the views."""
+    (NeRF in the Wild, section 5): what is left is not exposure or white balance. The mean over the views that masks
+    leave something of there; None if there are none."""
     neutral, psnrs, rng = neutral_code(m), [], np.random.default_rng(0)
     ray_pixel, params = np.zeros(m.settings["rays"], np.int32), m.params.to_numpy()
     for i, (_, width, height, lens) in enumerate(views.size):
@@ -1661,9 +1670,10 @@ def evaluate_fitted(m, views, n_steps=50, n_rays=512):
             adam(m, step + 1, 10.0 * LEARNING_RATE)              # codes are small numbers: see k.CODE_SCALE
         rgb, _ = render_view(m, views.camera[i], width, height, lens)
         rgba, right = view_image(views, i), np.arange(width)[:, None] >= width // 2
-        psnrs.append(psnr(rgb, over_white(rgba), right & ((rgba[..., 3:] == 255) | (views.alpha != "mask"))))
+        counts = right & ((rgba[..., 3:] == 255) | (views.alpha != "mask"))
+        psnrs += [psnr(rgb, over_white(rgba), counts)] if counts.any() else []
         m.params.from_numpy(params)
-    return float(np.mean(psnrs))
+    return float(np.mean(psnrs)) if psnrs else None
 
 
 # ---- Files: the model, pictures, the video --------------------------------------------------------------------------
@@ -1726,7 +1736,7 @@ def believe(x, schema):
     if isinstance(schema, set):
         sound = type(x) in (int, str) and x in schema
     elif schema is str:
-        sound = isinstance(x, str) and x.isprintable()
+        sound = is_line(x)
     else:
         sound = type(x) in (int, type(schema[0])) and schema[0] <= x <= schema[1]             # NaN is not <=
     if not sound:
@@ -1758,7 +1768,10 @@ def read_arrays(path, machine, training=False):
     """(info, {name: array}) of a model, or of a checkpoint (training), that anyone may have written: no pickle, and
     nothing is read, allocated or believed before it was checked. UserError."""
     if not os.path.isfile(path):
-        raise UserError(f"no {path}", "give the folder of a training run, such as runs/lego")
+        folder = os.path.dirname(path)
+        killed = os.path.exists(os.path.join(folder, "checkpoint.npz"))
+        raise UserError(f"no {path}", f"'train --resume {folder}' goes on with that run and leaves one" if killed else
+                        "give the folder of a training run, such as runs/lego")
     try:
         with open(path, "rb") as raw:
             size = raw.seek(0, os.SEEK_END)
@@ -1801,7 +1814,7 @@ def read_arrays(path, machine, training=False):
 
 def save_model(path, m, info, cameras):
     """Write all that rendering needs to an .npz: the buffers in m.DRAWN, info and cameras (a dict of arrays [n, 22] in
-    world units, and of the test views' size [n, 4], stored as camera_<name>)."""
+    world units, and of the test views' size [n, 4], and time [n] if things move; stored as camera_<name>)."""
     save_arrays(path, info, **{name: getattr(m, name).to_numpy() for name in m.DRAWN},
                 **{f"camera_{name}": camera for name, camera in cameras.items()})
 
@@ -1811,12 +1824,14 @@ def load_model(folder, machine, training=False):
     path = os.path.join(folder, "model.npz")
     info, arrays = read_arrays(path, machine)
     space, cameras = types.SimpleNamespace(**info["space"]), {n[7:]: a for n, a in arrays.items() if n[:7] == "camera_"}
+    size, sound = cameras["test_size"], True
     for camera in (cameras["train"], cameras["test"]):
         pose = to_cube(camera, space)[:, :12].reshape(-1, 3, 4)
         turned = pose[:, :, :3] @ pose[:, :, :3].transpose(0, 2, 1)
-        if not (len(pose) and np.abs(pose).max() < 1e6 and np.abs(turned - np.eye(3)).max() < 0.1
-                and np.abs(camera).max() < 1e9 and camera[:, 12:14].min() > 1e-6):
-            raise UserError(f"{path} has cameras that cannot be", "copy it again, or train again")
+        sound = (sound and len(pose) and np.abs(pose).max() < 1e6 and np.abs(turned - np.eye(3)).max() < 0.1
+                 and np.abs(camera).max() < 1e9 and camera[:, 12:14].min() > 1e-6)
+    if not (sound and len(size) == len(pose) and 1 <= size[:, 1:3].min() <= size[:, 1:3].max() <= 2**15):
+        raise UserError(f"{path} has cameras that cannot be", "copy it again, or train again")
     make, settings = MODELS[info["model"]].make, {**machine_settings(info["model"], machine), **info["settings"]}
     arguments = settings, space, info["n_photos"], info["n_levels"], training
     if machine == "cpu":
@@ -1932,11 +1947,11 @@ def read_path(path, size):
                                 for frame in meta["camera_path"]])
         frames = [parse_frame({"file_path": str(i), **meta}, frame) for i, frame in enumerate(meta["frames"])]
         sizes = [(round(f.w or size[0]), round(f.h or size[1]), int(f.fisheye)) for f in frames]
-        cameras = np.array([frame_camera(f, *size[:2]) for f, size in zip(frames, sizes)], np.float32)
         if not frames or not all(is_pose(frame.pose) for frame in frames):
             raise ValueError("there are no frames, or a pose is not finite, or no rotation")
         if not 1 <= np.min(sizes, 0)[:2].min() <= np.max(sizes) <= 2**15:
             raise ValueError("images have 1 to 32768 pixels a side")
+        cameras = np.array([frame_camera(f, *size[:2]) for f, size in zip(frames, sizes)], np.float32)
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise UserError(f"{path} is not usable: {one_line(error)}", "see 'render' in README.md for what it may hold")
     return cameras, sizes
@@ -1962,6 +1977,8 @@ def draw_history(path, log_path):
     """A picture of log.csv: PSNR of the training rays and their loss against time, each row and a running mean."""
     with open(log_path, newline="", encoding="utf-8") as file:
         rows = np.array([row[1:4] for row in csv.reader(file)][1:], np.float64).reshape(-1, 3)
+    if not len(rows):                                # somebody has removed them
+        return
     seconds, loss, decibel = rows[:, 0], np.log10(np.maximum(rows[:, 1], 1e-10)), rows[:, 2]
     image = PIL.Image.new("RGB", (960, 480), "white")
     draw, font = PIL.ImageDraw.Draw(image), PIL.ImageFont.load_default(16)
@@ -2014,18 +2031,31 @@ def write_frames(path, frames, n_frames):
                 import imageio_ffmpeg
                 imageio_ffmpeg.get_ffmpeg_exe()
             except (ImportError, RuntimeError):
-                path = path[:-4] + ".gif"
+                path, ending = path[:-4] + ".gif", ".gif"
                 print(f"no ffmpeg here: writing {path} instead (pip install 'imageio[ffmpeg]' brings it)")
-        images = []
-        for frame in frames:
-            images.append(frame[:frame.shape[0] // 2 * 2, :frame.shape[1] // 2 * 2])     # H.264 wants even sizes
-            bar.update(task, advance=1)
-    part = os.path.splitext(path)[0] + ".part" + os.path.splitext(path)[1]
-    if path.endswith(".mp4"):
-        imageio.imwrite(part, images, fps=24, codec="libx264", quality=8, macro_block_size=2, plugin="FFMPEG")
-    else:
-        imageio.imwrite(part, images, duration=1000 / 24, loop=0)
-    os.replace(part, path)
+
+        def even():
+            """One frame at a time, with even sizes, as H.264 wants them."""
+            for frame in frames:
+                height, width = frame.shape[:2]
+                yield np.pad(frame, [(0, height % 2), (0, width % 2)] + [(0, 0)] * (frame.ndim - 2), "edge")
+                bar.update(task, advance=1)
+        part = path[:-4] + ".part" + ending
+        try:
+            if ending == ".gif":
+                imageio.imwrite(part, list(even()), duration=1000 / 24, loop=0)
+            else:
+                imageio.imwrite(part, even(), is_batch=True, fps=24, codec="libx264", quality=8, macro_block_size=2,
+                                plugin="FFMPEG")
+                with contextlib.suppress(RuntimeError):          # ffmpeg's exit code is not to be had: is it all there?
+                    n_frames -= imageio_ffmpeg.count_frames_and_secs(part)[0]
+                if n_frames:
+                    raise UserError(f"cannot write {path}", "check the free space; an older file there is intact")
+            os.replace(part, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.remove(part)
+            raise
     return path
 
 
@@ -2158,10 +2188,8 @@ def discarding(out):
     try:
         yield
     except UserError:
-        with contextlib.suppress(OSError):           # the folder may be gone
-            if os.listdir(out) == ["log.csv"]:
-                os.remove(os.path.join(out, "log.csv"))
-                os.rmdir(out)
+        with contextlib.suppress(OSError):           # there is something in it, or it is gone
+            os.rmdir(out)
         raise
 
 
@@ -2184,10 +2212,11 @@ def command_train(args):
         print(f"{args.scene}: {line}")
     print(f"{args.scene}: {len(scene.train.size)} training views, {len(scene.test.size)} held out ({scene.split}), "
           f"{width}x{height}, read in {time.perf_counter() - start:.1f} s")
-    n_photos, checksum = count_photos(args.model, scene), zlib.crc32(scene.train.size.tobytes())
+    n_photos = count_photos(args.model, scene)
+    checksum = zlib.crc32(scene.train.camera[:, :12].tobytes(), zlib.crc32(scene.train.size.tobytes()))
     if resume:
         if (n_photos, checksum) != (old["n_photos"], old["views"]):
-            raise UserError(f"{args.scene} is not what {out} is trained on: it has other views or sizes",
+            raise UserError(f"{args.scene} is not what {out} is trained on: it has other views, poses or sizes",
                             "where has that folder moved? train SCENE --resume RUN takes it from there")
         space = types.SimpleNamespace(**old["space"])
     arch, device = start_taichi(args.arch)
@@ -2207,20 +2236,20 @@ def command_train(args):
         interrupted.append(True)
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
+    if not resume:                                   # the one there was may be that of another run by now
+        out = run_folder(args.out, args.scene, args.overwrite)
     os.makedirs(out, exist_ok=True)
-    log_path, rows = os.path.join(out, "log.csv"), []
+    log_path, rows = os.path.join(out, "log.csv"), ["step,seconds,loss,psnr\r\n"]
     if resume and os.path.exists(log_path):          # go on behind the checkpoint's row; a killed run went further
         with open(log_path, newline="", encoding="utf-8", errors="replace") as file:
-            found = ((row, re.match("([0-9]{1,9}),", row)) for row in file)
-            rows = [row for row, match in found if match and int(match[1]) <= old["state"]["step"]]
-    with discarding(out), open(log_path, "w", newline="", encoding="utf-8") as log_file, progress_bar("train ") as bar:
-        log_file.writelines(["step,seconds,loss,psnr\r\n"] + rows)
-        log = csv.writer(log_file)
+            found = ((row, re.fullmatch(r"([0-9]{1,9}),[0-9.]+,[0-9.e+-]+,[0-9.-]+\r\n", row)) for row in file)
+            rows += [row for row, match in found if match and int(match[1]) <= old["state"]["step"]]
+    with discarding(out), progress_bar("train ") as bar:
         task, printed, saved = bar.add_task("train", total=1.0, note=""), [0.0], [time.monotonic()]
         watched = [0.0]
 
         def report(progress, step, seconds, loss, psnr, samples_per_second, n_rays):
-            log.writerow([step, f"{seconds:.3f}", f"{loss:.6g}", f"{psnr:.3f}"])
+            rows.append(f"{step},{seconds:.3f},{loss:.6g},{psnr:.3f}\r\n")
             note = f"step {step}  psnr {psnr:5.2f} dB  {samples_per_second / 1e6:.2f} M samples/s"
             bar.update(task, completed=progress, note=note)
             if bar.disable and seconds >= printed[0]:
@@ -2235,13 +2264,15 @@ def command_train(args):
                 if not all(np.isfinite(array).all() for array in kept.values()):
                     raise UserError(f"the model is not finite at step {state['step']}: training has stopped",
                                     "are the poses and images right? the last checkpoint is from before that step")
-                log_file.flush()
+                with replacing(log_path) as file:
+                    file.write("".join(rows).encode())
                 save_arrays(os.path.join(out, "checkpoint.npz"), dict(
                     info, seed=args.seed, views=checksum, target=target, unit=unit, arch=arch, state=state), **kept)
                 saved[0] = time.monotonic()
             if args.watch and time.monotonic() > watched[0] + WATCH_SECONDS:
                 _, width, height, lens = scene.test.size[0]
                 small = max(1, round(width / 200))
+                set_moment(m, scene.test.time[0])    # no step looks at what this writes
                 with glance(m):
                     rgb, _ = render_view(m, resize_camera(scene.test.camera[0], (width, height), (
                         width // small, height // small)), width // small, height // small, lens)
@@ -2314,8 +2345,9 @@ def measure(m, views, out=None):
             shutil.rmtree(os.path.join(out, "test"), ignore_errors=True)     # of a run that this one overwrites
             os.makedirs(os.path.join(out, "test"))
         metrics = evaluate(m, views, each)
-        if m.n_code:
-            metrics["psnr_fitted"] = evaluate_fitted(m, views)
+        fitted = evaluate_fitted(m, views) if m.n_code else None
+        if fitted is not None:
+            metrics["psnr_fitted"] = fitted
             print(f"{metrics['psnr_fitted']:.2f} dB on the views' right halves, their codes fitted to the left halves")
     if out is not None:
         imageio.imwrite(os.path.join(out, "compare.png"), to_bytes(np.concatenate(rows)))
@@ -2353,15 +2385,17 @@ def command_render(args):
         times = moments(m, len(path))
     out = args.out or os.path.join(args.run, ("depth_" if args.depth else "render_") + name)
     size = args.size or (sizes[0][:2] if os.path.splitext(out)[1] else None)             # frames of a video are alike
+    pixels = max(width * height for width, height, *_ in ([size] if size else sizes))
+    check_fits("a picture of that size", 60 * pixels / 1e6, "use a smaller --size")
     span = []
 
     def render(camera, moment, width, height, lens):
         new_size = size or (width, height)
         set_moment(m, moment)
         rgb, depth = render_view(m, resize_camera(camera, (width, height), new_size), *new_size, lens)
-        if args.depth:                               # one range for all frames: a video must not flicker
-            span[:] = span or depth_range(depth)
-        return depth_image(depth, *span) if args.depth else to_bytes(rgb)
+        if not span and np.isfinite(depth).any():    # one range for all frames: a video must not flicker
+            span[:] = depth_range(depth)
+        return depth_image(depth, *(span or (0.0, 1.0))) if args.depth else to_bytes(rgb)
 
     frames = (render(camera, moment, *old) for camera, moment, old in zip(path, times, sizes))
     start = time.perf_counter()
@@ -2499,7 +2533,8 @@ class Window:
         self.at, self.target = self.start = self.camera[3:12:4].astype(np.float64), target
         self.mode, self.help, self.note, self.wanted = "c", True, "", False      # wanted: the picture, in a file
         self.image, self.shown = np.ones((size[1], size[0], 3), np.float32), None            # shown: with the help
-        self.time = 0.0                              # of scenes that move
+        self.time = float(moments(m, 1)[0])          # of scenes that move
+        set_moment(m, self.time)
         self.scale, self.coarse = 0, 16              # pixels a ray: of the picture, 0 if there is none; while it moves
         self.cursor = None                           # where the mouse drags
         self.seconds = {"moving": [], "still": []}   # that pictures took
@@ -2552,8 +2587,9 @@ class Window:
             elif key in (("c", "d", "o") if self.m.marches else ("c", "d")):
                 self.mode, changed = key, True
             elif key in (",", ".") and self.m.moves:
-                first, second = moments(self.m, 21)[:2]
-                self.time, changed = self.time + (second - first) * (1 if key == "." else -1), True
+                first, second, *_, last = moments(self.m, 21)
+                self.time += (second - first) * (1 if key == "." else -1)
+                self.time, changed = float(np.clip(self.time, first, last)), True
                 set_moment(self.m, self.time)
             elif key == "r":
                 (self.at, self.target), changed = self.start, True
@@ -2624,7 +2660,7 @@ class Window:
 
 def command_view(args):
     """tinynerf.py view: a window onto a run's model, or onto a scene that it trains on meanwhile."""
-    if os.path.exists(os.path.join(args.what, "model.npz")):
+    if any(os.path.exists(os.path.join(args.what, name)) for name in ("model.npz", "checkpoint.npz")):
         arch, _ = start_taichi(args.arch)
         m, info, cameras = load_model(args.what, "cpu" if arch == "cpu" else "gpu")
         own, training = (info["width"], info["height"]), False
@@ -3039,11 +3075,12 @@ def parse_args(argv):
             if not least <= value <= most:           # NaN is not <= either
                 raise argparse.ArgumentTypeError(f"{text} is not between {least} and {most}")
             return value
+        parse.__name__ = kind.__name__               # argparse says "invalid int value"
         return parse
 
     def size(text):
         match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text)
-        if not match or not int(match[1]) or not int(match[2]):
+        if not match or not all(1 <= int(n) <= 2**15 for n in match.groups()):
             raise argparse.ArgumentTypeError(f"{text} is not a size like 800x600")
         return int(match[1]), int(match[2])
 
@@ -3051,7 +3088,7 @@ def parse_args(argv):
     parser = Parser(prog="tinynerf.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     parser_train = commands.add_parser("train", help="train on a scene and leave a run folder")
-    parser_train.add_argument("scene", nargs="?", help="folder with transforms_train.json and images")
+    parser_train.add_argument("scene", nargs="?", help="folder of a scene: see data/README.md")
     parser_train.add_argument("--model", choices=MODELS, help="which member of the family (default: ngp)")
     parser_train.add_argument("--resume", metavar="RUN", help="go on with a run that was interrupted or killed")
     parser_train.add_argument("--out", help="run folder (default: the next free runs/SCENE)")
@@ -3068,7 +3105,7 @@ def parse_args(argv):
     parser_render.add_argument("--path", default="orbit", help="cameras: orbit, spiral, test, still, a file of poses")
     parser_render.add_argument("--time", type=number(float, -1e9, 1e9),
                                help="freeze what moves at this moment (default: it moves)")
-    parser_render.add_argument("--frames", type=count, help="how many (default: 96, or all there are)")
+    parser_render.add_argument("--frames", type=number(int, 1, 10**6), help="how many (default: 96, or all there are)")
     parser_render.add_argument("--depth", action="store_true", help="distances instead of colors: near is white")
     parser_render.add_argument("--size", type=size, metavar="WxH", help="image size (default: the training images')")
     parser_render.add_argument("--out", help=".mp4, .gif or a folder for PNGs (default: in the run folder)")
@@ -3082,7 +3119,7 @@ def parse_args(argv):
     parser_mesh = commands.add_parser("mesh", help="write a trained model's surface as a triangle mesh")
     parser_mesh.add_argument("run", help="run folder")
     parser_mesh.add_argument("-o", "--out", help=".ply (default: mesh.ply in the run folder)")
-    parser_mesh.add_argument("--resolution", type=number(int, 8, 1024), default=256, metavar="N",
+    parser_mesh.add_argument("--resolution", type=number(int, 8, 1022), default=256, metavar="N",
                              help="cubes per side (256)")
     parser_bench = commands.add_parser("bench", help="time every kernel against what the machine can do")
     parser_bench.add_argument("scene", nargs="?", default="data/lego", help="folder of a scene (default: data/lego)")
@@ -3102,6 +3139,8 @@ def parse_args(argv):
     parser_export.set_defaults(arch="vulkan")
     args = parser.parse_args(argv)
     if args.command == "train":
+        if args.resume == "":
+            parser_train.error("argument --resume: a run folder is required")
         for name in ("model", "out", "steps", "seconds", "downscale", "seed", "overwrite"):
             if args.resume and vars(args)[name] is not None:
                 parser_train.error(f"argument --{name}: not allowed with --resume, which goes on as the run began")
@@ -3128,6 +3167,9 @@ def main(argv=None):
     except OSError as error:                         # a full disk, a folder that may not be written to
         print(f"tinynerf: {one_line(error)}\n          check the path, its permissions and the free space",
               file=sys.stderr)
+        return 2
+    except MemoryError:
+        print("tinynerf: out of memory\n          use a smaller --size, or a larger --downscale", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("tinynerf: interrupted", file=sys.stderr)
