@@ -1283,20 +1283,6 @@ def test_code_gradient(rng, chunk):
     assert np.array_equal(np.delete(got, np.s_[first:first + 40]), np.delete(start, np.s_[first:first + 40]))
 
 
-def test_color_head(rng):
-    """rgb is not the sigmoid of the color MLP's output, or its gradient is wrong."""
-    n, raw, g = 40, uniform(rng, 40, 16, low=-5, high=5), uniform(rng, 40, 4)
-    rgb_sigma, grad_raw = buf(np.full((n, 4), 9.0)), rows(np.full((n, 16), 9.0), 16)
-    k.color_head_forward(count(n), rows(raw, 16), rgb_sigma)
-    k.color_head_backward(count(n), rgb_sigma, buf(g), grad_raw)
-    got = rgb_sigma.to_numpy().reshape(n, 4)
-    assert_close("color_head_forward", got[:, :3], sigmoid(raw[:, :3]), 1e-6)
-    assert (got[:, 3] == 9).all()
-    want = numeric_gradient(lambda x: (g[:, :3] * sigmoid(x[:, :3])).sum(), raw)
-    assert_close("color_head_backward", grad_raw.to_numpy()[:, :3], want[:, :3], 1e-5)
-    assert (want[:, 3:] == 0).all() and (grad_raw.to_numpy()[:, 3:] == 9).all()      # no output of the MLP
-
-
 # ---- Volume rendering, loss, optimiser ------------------------------------------------------------------------------
 
 def weights_model(optical, T=1.0, t_stop=k.T_STOP):
@@ -1561,6 +1547,12 @@ def test_mesh_of_noise(rng):
     assert_close("vertices", vertex[:, :3], x[p] + share * (x[q] - x[p]), 1e-5)
     assert (vertex[:, [3, 7]] == 0).all()
     assert_close("directions", np.linalg.norm(vertex[:, 4:7], axis=1), np.ones(len(vertex)), 1e-5)
+    opacity = np.zeros((5, 5, 5))
+    opacity[2, 2, 2] = 1                             # its neighbours are all alike: only the edges say where it is
+    vertex, triangle = mesh_of(opacity)
+    assert_closed(triangle, len(vertex))
+    x = vertex[:, :3] - 0.5
+    assert_close("alone", vertex[:, 4:7], -x / np.linalg.norm(x, axis=1, keepdims=True), 1e-5)
 
 
 def test_mesh_of_sphere():
@@ -1628,6 +1620,22 @@ def field_model(table, W, x, direction, code=0):
     return np.concatenate([sigmoid(color), sigma_model(geometry[:, :1])], 1)
 
 
+def test_initialize_moving():
+    """A warp moves things at first, learns at another rate, or codes of neighbours in time begin far apart."""
+    m = tinynerf.MODELS["hypernerf"].make({**TINY, **COARSE, "grid": 16}, BOX, 3, 3)
+    m.grad_params.fill(1.0)
+    tinynerf.adam(m, 1, 0.01)                        # its first step is the rate, from parameters that are 0
+    shares, ends = [1, tinynerf.MLP_RATE, tinynerf.WARP_RATE], [0, m.n_slots, m.warp_net.first // F, m.n_rows]
+    assert_close("rates", -m.params.to_numpy()[:, 0], 0.01 * np.repeat(shares, np.diff(ends)), 1e-5)
+    m.time.from_numpy(np.float32([5, 1, 3]))
+    m.initialize(3)
+    x, t, n = m.params.to_numpy().ravel(), np.array([[1], [0], [0.5]]), np.arange(1, 9)
+    assert_close("codes", x[m.first_code:m.first_code + 24], (np.cos(np.pi * n * t) / n / k.CODE_SCALE).ravel(), 1e-6)
+    for net in m.mlps[2:]:
+        end = net.first + 64 * tinynerf.count_rows(net.n_in, net.n_hidden, net.n_out)
+        assert 0 < np.abs(x[end - 64 * net.n_out:end]).max() <= 1e-3
+
+
 def small_model(rng, space=BOX, n_photos=0, **settings):
     """A model with random parameters, and these: the table [n_slots, F], the weights of the MLPs by name, the codes."""
     m = tinynerf.Model({**TINY, **COARSE, "grid": 16, **settings}, space, n_photos, len(LEVELS))
@@ -1643,11 +1651,14 @@ def small_model(rng, space=BOX, n_photos=0, **settings):
 
 @pytest.mark.parametrize("space, limit", [(BOX, 0.01), (SPACE, 0.1)], ids=["box", "space"])
 def test_update_occupancy(rng, monkeypatch, space, limit):
-    """The occupancy grid is not made from the density of the field, or not packed from there."""
+    """The occupancy grid is not made from the density of the field, or not packed from there; or other cells are dark
+    than those that no light has reached."""
     monkeypatch.setattr(tinynerf, "EMPTY_ALPHA", limit)
-    grid, n_cells = 16, 700
+    monkeypatch.setattr(tinynerf, "DARK_AFTER", 7)   # the update is at step 8
+    grid, n_cells, dark = 16, 700, np.arange(16**3) % 2 == 0
     m, table, W, _ = small_model(rng, space, march=n_cells)
     m.density_grid.fill(k.UNKNOWN)
+    m.lit_step.from_numpy(np.where(dark, 0, 1).astype(np.int32))
     tinynerf.list_live(m, types.SimpleNamespace(cropped=False))
     tinynerf.update_occupancy(m, n_cells, 300, 5, 8)
     x = m.march_sample.to_numpy().reshape(-1, 5)[:, :3].astype(np.float64)
@@ -1656,10 +1667,55 @@ def test_update_occupancy(rng, monkeypatch, space, limit):
     want[cell] = dt * field_model(table, W, x, np.tile([0, 0, 1.0], (n_cells, 1)))[:, 3]
     got, threshold = m.density_grid.to_numpy(), min(limit, 0.95 * want[cell].mean())
     assert_close("update_occupancy", np.log(got), np.log(want), 1e-4)
-    assert (want < threshold).sum() > 20 and np.array_equal(m.occupancy.to_numpy() != 0,
-                                                            occupancy_model(got > threshold) != 0)
-    words = slice(0, len(got) // 32)
-    assert np.array_equal(m.occupancy.to_numpy()[words], occupancy_model(got > threshold)[words])
+    assert (want < threshold).sum() > 20
+    got, want = m.occupancy.to_numpy(), occupancy_model(got > threshold, dark)
+    assert np.array_equal(got != 0, want != 0)
+    for words in (slice(0, 128), slice(-134, None)):
+        assert np.array_equal(got[words], want[words])
+
+
+@pytest.mark.parametrize("name, decay", [("ngp", tinynerf.DECAY), ("nerfies", 0.992)])
+def test_update_known_cells(rng, name, decay):
+    """What a cell holds fades at another rate, or, of a model that moves, is that of the canonical scene."""
+    m = tinynerf.MODELS[name].make({**TINY, **COARSE, "grid": 16, "march": 700}, BOX, 2, 3)
+    m.params.from_numpy(uniform(rng, m.n_rows, F).astype(np.float32))
+    tinynerf.load_weights(m)
+    m.density_grid.fill(1e6)                         # more than e^15 dt
+    tinynerf.list_live(m, types.SimpleNamespace(cropped=False))
+    tinynerf.update_occupancy(m, 700, 0, 5, 8)
+    assert m.density_grid.to_numpy().min() == pytest.approx(1e6 * decay ** (4096 / 700), rel=1e-4)
+    x, seen = (getattr(m, b, m.march_sample).to_numpy().reshape(-1, 5)[:, :3] for b in ("march_sample", "march_seen"))
+    assert np.array_equal(cell_index(seen, 16), m.live_cell.to_numpy()[:700]) and (x != seen).any() == m.moves
+
+
+def test_nothing_stays_dark(monkeypatch):
+    """What was dark in training stays so for new views, or for pictures meanwhile."""
+    monkeypatch.setattr(tinynerf, "DARK_AFTER", 1)
+    m, dark = tinynerf.Model(TINY, BOX, n_levels=3), []
+
+    def look(state=None):
+        dark.append(m.occupancy.to_numpy()[-TINY["grid"] ** 3 // 32 - 6:-6].any())
+        if state:
+            with tinynerf.glance(m):
+                look()
+    tinynerf.train(m, tinynerf.upload_views(m, sphere_views(4)), 0, 8, keep=look)
+    look()
+    assert any(dark[:-1:2]) and not any(dark[1::2]) and not dark[-1]
+
+
+def test_seconds(monkeypatch):
+    """A run of so many seconds ends at another time, also after an interruption, or its clock runs in checkpoints."""
+    m, clock, states = tinynerf.Model(TINY, BOX, n_levels=3), itertools.count(0.0), []
+    views = tinynerf.upload_views(m, sphere_views(2))
+
+    def keep(state):
+        states.append(state)
+        return any(next(clock) < 0 for _ in range(999))
+    monkeypatch.setattr(tinynerf, "time", types.SimpleNamespace(perf_counter=clock.__next__))
+    total = tinynerf.train(m, views, 0, seconds=40, keep=keep)
+    kept = states[4], {name: getattr(m, name).to_numpy() for name in m.KEPT}             # of step 16
+    again = tinynerf.train(m, views, 0, seconds=40, resume=kept)
+    assert total["complete"] and 25 < total["steps"] < 35 and 28 < again["steps"] < 36
 
 
 def views_to_learn(rng, size, focal=8, mask=False):
@@ -1699,6 +1755,13 @@ def check_gradients(name, rng, m, tensors, model, n_largest=1):
     return grad
 
 
+def check_light(m, step):
+    """Cells know that the light of this step has reached them: those where samples were marched, before a warp."""
+    marched = (m.march_seen if m.moves else m.march_sample).to_numpy().reshape(-1, 5)[:m.march_counter.to_numpy()[0]]
+    lit = marched[m.march_sigma.to_numpy()[:len(marched)] >= 0, :3]
+    assert np.array_equal(np.flatnonzero(m.lit_step.to_numpy() == step), np.unique(cell_index(lit, 16)))
+
+
 @pytest.mark.parametrize("space, min_weight, color_layers", [(BOX, 0.0, 2), (BOX, 0.02, 1), (SPACE, 0.02, 2)])
 def test_full_gradient(rng, monkeypatch, space, min_weight, color_layers):
     """forward() and backward() launch the wrong kernel, or a kernel on the wrong buffer, or in the wrong order; or the
@@ -1714,6 +1777,7 @@ def test_full_gradient(rng, monkeypatch, space, min_weight, color_layers):
     rgba, _, views = views_to_learn(rng, size, mask=unbounded)
     monkeypatch.setattr(tinynerf, "adam", lambda *arguments: None)           # which would clear the gradients
     tinynerf.train_step(m, n_rays, views, 3, 5, 0.0)
+    check_light(m, 5)
 
     n_marched, n_whole, n_dropped, _ = m.march_counter.to_numpy()
     assert n_dropped == n_rays - n_whole > 0 and n_marched < capacity
@@ -2086,7 +2150,7 @@ def test_heads(rng, name):
     """A model's density or color is not what its paper says, or its gradient is wrong."""
     n, g, grad_input, family = 40, uniform(rng, 40, 4), uniform(rng, 40, 64), tinynerf.MODELS[name]
     raw, geometry = uniform(rng, n, 3, low=-5, high=5), uniform(rng, n, 16, low=-5, high=5)
-    rgb_sigma, grad_geometry, grad_raw = buf(np.full((n, 4), 9.0)), rows(np.full((n, 16), 9.0), 16), rows(raw, 16)
+    rgb_sigma, grad_geometry, grad_raw = buf(np.full((n, 4), 9.0)), *(rows(np.full((n, 16), 9.0), 16) for _ in range(2))
     getattr(k, family.density + "_forward")(count(n), rows(geometry, 16), rgb_sigma)
     getattr(k, family.color + "_forward")(count(n), rows(raw, 16), rgb_sigma)
     want = np.column_stack([HEADS[name]["rgb"](raw), HEADS[name]["sigma"](geometry[:, 0])])
@@ -2098,6 +2162,7 @@ def test_heads(rng, name):
     assert_close(f"{name}: density backward", grad_geometry.to_numpy(), want, 1e-4)
     want = numeric_gradient(lambda x: (g[:, :3] * HEADS[name]["rgb"](x)).sum(), raw)
     assert_close(f"{name}: color backward", grad_raw.to_numpy()[:, :3], want, 1e-4)
+    assert (grad_raw.to_numpy()[:, 3:] == 9).all()   # no output of the MLP
 
 
 def deep_model(flat, net, feature, direction, heads):
@@ -2175,16 +2240,11 @@ def test_full_gradient_sampled(rng, monkeypatch, name, space):
         assert_close(f"{name}: {what} pixels", got[0], want, 1e-4)
         assert_close(f"{name}: {what} loss", got[1], sums, 1e-4)
     assert np.abs(pixels[0] - pixels[1]).max() > 0.01
-    grad = m.grad_params.to_numpy().ravel().astype(np.float64)
     parts = [(f"network {i}, layer {l}", layer.param, 64 * layer.n_out * (layer.n_x + 64 * layer.n_h))
              for i, net in enumerate(m.nets) for l, layer in enumerate(net.layers)]
     parts += [(f"MLP {i}", mlp.first, 64 * (mlp.n_in + mlp.n_out)) for i, mlp in enumerate(m.mlps)]
-    assert sum(size for _, _, size in parts) == params.size
-    for what, first, size in parts:
-        ways, h = np.zeros((3, params.size)), 2e-9   # a larger h crosses the kinks of ReLUs
-        ways[:, first:first + size] = rng.normal(size=(3, size))
-        want = [(model(params + h * way)[2] - model(params - h * way)[2]) / (2 * h) for way in ways]
-        assert_close(f"full gradient: {name}, {what}", ways @ grad, want, 1e-4)
+    tensors = [(what, params[first:first + size]) for what, first, size in sorted(parts, key=lambda part: part[1])]
+    check_gradients(f"{name}, ", rng, m, tensors, lambda: model(params)[2:])
 
 
 def cone_moments(sample, ray, camera):
@@ -2310,11 +2370,9 @@ def test_interlevel(rng):
     exceeded = weights[1] > want[0]
     assert 5 < exceeded.sum() < n[1] - 5 and (want[1] > 0).sum() >= 3
     k.interlevel_backward(n_rays, buf(np.array([99, 4, 0, 0])), *coarse[:2], *fine, bound, grad)
-    way = uniform(rng, n[0])
     numeric = numeric_gradient(lambda x: interlevel_model(spans[0], samples[0], x, spans[1], samples[1],
                                                           weights[1])[1].sum() / 4, weights[0], 1e-7)
     assert_close("interlevel_backward", grad.to_numpy()[:n[0]], numeric, 1e-4)
-    assert_close("  projected", [way @ grad.to_numpy()[:n[0]]], [way @ numeric], 1e-4)
     assert (bound.to_numpy()[n[1]:] == 9).all() and loss.to_numpy()[-1] == 9 and (grad.to_numpy()[n[0]:] == 9).all()
 
 
@@ -2433,6 +2491,8 @@ def test_transient_head(rng):
     k.transient_input_backward(count(n), rows(a), both)
     assert_close("transient_input_backward", both.to_numpy()[:, :16], a[:, :16] + b[:, :16], 1e-6)
     assert np.array_equal(both.to_numpy()[:, 16:], b[:, 16:])
+    k.transient_head_forward(count(n), rows(raw + 100, 16), transient)
+    assert_close("  no overflow", transient.to_numpy().reshape(n, 5), transient_model(raw + 100), 1e-6)
 
 
 def step_of_family(rng, monkeypatch, name, code_shape, change, **constants):
@@ -2455,6 +2515,7 @@ def step_of_family(rng, monkeypatch, name, code_shape, change, **constants):
     points = uniform(rng, 11, 3, low=0.1, high=0.9)
     views.points, m.progress = buf(points), 0.4 * tinynerf.FINE_AT
     tinynerf.MODELS[name].step(m, n_rays, views, 3, 5, 0.0)
+    check_light(m, 5)
 
     owner, ray = m.sample_ray.to_numpy()[:m.counter.to_numpy()[0]], m.ray.to_numpy().reshape(-1, 8).astype(np.float64)
     assert len(owner) > 200 and m.march_counter.to_numpy()[1] == n_rays      # what follows holds all of it
@@ -2541,6 +2602,8 @@ def test_warp(rng):
     want = row_gradient(lambda x: (g * inside * screw_model(x, sample[:, :3])).sum(1), raw)
     assert_close("warp_backward", grad_raw.to_numpy()[:n, :6], want, 1e-4)
     assert (grad_raw.to_numpy()[n:] == 9).all()
+    k.warp_backward(count(n), rows(1000 * raw, 16), seen, buf(g), grad_raw)  # no rotation any more, but finite
+    assert np.isfinite(grad_raw.to_numpy()[:n, :6]).all()
 
 
 def test_warp_input(rng):
@@ -2805,6 +2868,7 @@ def test_family_commands(tiny, small_family, monkeypatch, capsys, name):
     assert command("train", "--resume", "run") == 0
     whole, run = (dict(np.load(f"{run}/model.npz")) for run in ("whole", "run"))
     assert json.loads(str(run["info"]))["model"] == name
+    assert not tinynerf.MODELS[name].make.moves or whole["window"] == [k.WARP_FREQUENCIES]
     if ON_CPU:
         assert all(np.array_equal(run[array], whole[array]) for array in whole)
     assert command("render", "run", "--path", "test", "--out", "frames") == 0
@@ -2994,6 +3058,7 @@ def test_load_capture(capture):
         assert views.lenses[name] == 0
     assert load_capture(capture)[0].placement == {}
     assert load_capture(capture, lambda meta: meta.update(aabb_scale=16))[0].placement == dict(aabb_scale=16)
+    assert load_capture(capture, lambda meta: meta.update(offset=0.5))[0].placement == dict(offset=3 * [0.5])
 
 
 def drop(meta, *keys):
@@ -3128,8 +3193,13 @@ def test_masks(capture, rng):
     assert np.array_equal(images[photo_name(7)][..., 3], 255 * (mask * (rgba[..., 3] >= 128)))
 
     imageio.imwrite(capture / "small.png", 0 * mask)
+    rgb = np.zeros((8, 12, 3), np.uint8)
+    rgb[2:4, 5, 2] = 1                               # instant-ngp's: what is black stays
+    imageio.imwrite(capture / "images" / "dynamic_mask_01.png", rgb)
     scene, views = load_capture(capture, change)
     assert photo_name(3) not in views.names and any("no pixel that counts" in line for line in scene.skipped)
+    assert np.array_equal(views.images[photo_name(1)][..., 3], 255 * mask * (rgb[..., 2] == 0))
+    os.remove(capture / "images" / "dynamic_mask_01.png")
 
     mask = np.ones((8, 12), np.uint8)
     mask[0, 0] = mask[6:, 9:] = 0                    # in blocks of 3x3 of which the last two rows are cropped
@@ -3252,7 +3322,7 @@ def test_converted_capture(tmp_path, monkeypatch):
 
 def try_to_load(path):
     """Loads what may be broken: a scene's folder, or a file of poses; a UserError of two lines; in either case soon."""
-    start = time.perf_counter()
+    start = time.process_time()
     try:
         if path.is_file():
             assert np.isfinite(tinynerf.read_path(str(path), (32, 24))[0]).all()
@@ -3267,7 +3337,7 @@ def try_to_load(path):
             line.encode()                            # a lone surrogate could not be printed
         return 0
     finally:
-        assert time.perf_counter() - start < 10
+        assert time.process_time() - start < 10
 
 
 NASTY = ["NaN", "-Infinity", "1e999", "-1", "0", "1e308", "9" * 400, "9" * 5000, "null", "true", "[]", "{}",
@@ -3423,7 +3493,9 @@ def test_evaluate(rng, monkeypatch):
         np.full((height, width, 3), 0.3 if lens == (camera[0] == 13) else 9.0), None))
     got = tinynerf.evaluate(None, views)
     assert_close("psnr of what counts", got["psnr_per_view"], want, 1e-6)
-    assert got["psnr"] == pytest.approx(np.mean(want)) and 0 < got["ssim"] < 1
+    truth = [(tinynerf.over_white(x), x[..., 3:] == 255) for x in view_images(views)]
+    want_ssim = np.mean([tinynerf.ssim(np.where(counts, 0.3, x), x) for x, counts in truth])
+    assert got["psnr"] == pytest.approx(np.mean(want)) and got["ssim"] == pytest.approx(want_ssim)
     right = [view[:, view.shape[1] // 2:] for view in view_images(views)]
     want = [tinynerf.psnr(0.3, (rgba[rgba[..., 3] == 255] / 255.0)[:, :3]) for rgba in right]
     m = tinynerf.Model({**TINY, **COARSE, "march": 64, "rays": 16, "grid": 16}, SPACE, 2)
@@ -3475,6 +3547,14 @@ def test_spiral_cameras(rng):
     assert (np.ptp(place, axis=0) > 1.7 * reach).all()
     steps = np.linalg.norm(place - np.roll(place, 1, 0), axis=1)
     assert steps.max() < 0.3                         # closed
+
+
+def test_resize_camera():
+    """Another size shows another field of view across, or not the middle."""
+    camera = look_at([3, 1, 2], [0, 0, 0], 50, 32, 24)
+    camera[12:16] = 50, 55, 15, 13
+    got = tinynerf.resize_camera(camera, (32, 24), (64, 40))
+    assert np.allclose(got[12:16], [100, 110, 30, 22]) and np.array_equal(got[:12], camera[:12])
 
 
 def test_read_path(tmp_path):
@@ -3577,7 +3657,7 @@ def test_window(rng, monkeypatch, tmp_path, capsys):
     moved = window.at - window.target
     assert moved @ right > 0.5 and abs(moved @ window.up - away @ window.up) < 1e-6          # the scene turns along
     assert np.linalg.norm(moved) == pytest.approx(np.linalg.norm(away))
-    assert not do(event(Gui.MOVE, Gui.MOTION, (0.2, 0.5))) or window.scale == 0              # no button is down
+    do(event(Gui.MOVE, Gui.MOTION, (0.2, 0.5)))      # no button is down
     assert np.array_equal(window.at - window.target, moved)
     do(event(Gui.LMB), event(Gui.MOVE, Gui.MOTION, (0.5, -3.0)), event(Gui.LMB, Gui.RELEASE))
     assert 0.99 < (window.at - window.target) @ window.up / np.linalg.norm(away) < 1         # short of the pole
@@ -3761,10 +3841,12 @@ def convert():
     return module
 
 
-# COLMAP's camera models in the order of its numbers, and their parameters; without fl_y, it is fl_x
+# COLMAP's camera models and their parameters; without fl_y, it is fl_x
 LENSES = {"SIMPLE_PINHOLE": "fl_x cx cy", "PINHOLE": "fl_x fl_y cx cy", "SIMPLE_RADIAL": "fl_x cx cy k1",
           "RADIAL": "fl_x cx cy k1 k2", "OPENCV": "fl_x fl_y cx cy k1 k2 p1 p2",
-          "OPENCV_FISHEYE": "fl_x fl_y cx cy k1 k2 k3 k4"}
+          "OPENCV_FISHEYE": "fl_x fl_y cx cy k1 k2 k3 k4", "SIMPLE_RADIAL_FISHEYE": "fl_x cx cy k1",
+          "RADIAL_FISHEYE": "fl_x cx cy k1 k2"}
+LENS_NUMBERS = dict(zip(LENSES, (0, 1, 2, 3, 4, 5, 8, 9)))
 
 
 def quaternion(R):
@@ -3783,7 +3865,7 @@ def write_colmap(folder, cameras, names, binary, end="\n"):
     for i, (name, (model, width, height, values, pose)) in enumerate(zip(names, cameras)):
         R, n, number = (np.asarray(pose)[:3, :3] * (1, -1, -1)).T, i % 2 * 3, 7 * i + 3
         values, qt = [float(v) for v in values], [float(v) for v in (*quaternion(R), *(-R @ np.asarray(pose)[:3, 3]))]
-        data[0] += struct.pack(f"<IiQQ{len(values)}d", number, list(LENSES).index(model), width, height, *values)
+        data[0] += struct.pack(f"<IiQQ{len(values)}d", number, LENS_NUMBERS[model], width, height, *values)
         data[1] += struct.pack("<I7dI", 50 - i, *qt, number) + name.encode() + b"\0"
         data[1] += struct.pack("<Q", n) + struct.pack("<ddQ", 1.5, 2.5, 2**64 - 1) * n
         text[0] += f"{number} {model} {width} {height} {' '.join(map(repr, values))}{end}"
@@ -3822,7 +3904,8 @@ FORMS = {"COLMAP binary": ("sparse/0/cameras.bin", "sparse/0/images.bin"), "LLFF
 
 def write_rig(folder, rng, form):
     """A random rig in one of FORMS, with empty images. Returns the camera of each file_path."""
-    rig, names = some_rig(rng), ["b.png", "a b  c.png", "z/é.jpg", "c.png", "a.JPG", "d.webp"]
+    rig = some_rig(rng)
+    names = ["b.png", "a b  c.png", "z/é.jpg", "c.png", "a.JPG", "d.webp", "e.png", "f.png"]
     if form == "LLFF":
         names = sorted(os.path.basename(name) for name in names)
         rig = [("SIMPLE_PINHOLE", w, h, (values[0], w / 2, h / 2), pose) for _, w, h, values, pose in rig]
@@ -3844,10 +3927,10 @@ def test_convert(tmp_path, rng, convert, form):
     for frame in scene["frames"]:
         model, w, h, values, pose = want[frame.pop("file_path")]
         assert_close("pose", frame.pop("transform_matrix"), pose, 1e-12)
-        kind = "OPENCV_FISHEYE" if model == "OPENCV_FISHEYE" else "OPENCV"
-        lens = dict(zip(LENSES[model].split(), values), w=w, h=h, camera_model=kind)
-        lens.setdefault("fl_y", lens["fl_x"])
-        assert frame == (dict(lens, bounds=[1.25, 9.5]) if form == "LLFF" else lens)
+        kind = "OPENCV_FISHEYE" if "FISHEYE" in model else "OPENCV"
+        lens = dict(zip(LENSES[model].split(), values), w=w, h=h, camera_model=kind, is_fisheye="FISHEYE" in model)
+        assert frame == dict(dict(fl_y=lens["fl_x"]), **lens)
+    assert scene.get("camera_model") == ("OPENCV" if form == "LLFF" else None)
 
 
 def test_convert_places(tmp_path, rng, convert):
@@ -3866,7 +3949,13 @@ def test_convert_places(tmp_path, rng, convert):
     for file, want in (("2.png", "2.png"), ("images_8/2.png", "images_8/2.png"), ("images/2.png", "images/2.png")):
         (tmp_path / file).parent.mkdir(exist_ok=True)
         (tmp_path / file).touch()
-        assert convert.convert(str(tmp_path))["frames"][0]["file_path"] == want
+        scene = convert.convert(str(tmp_path))
+        assert scene["frames"][0]["file_path"] == want and scene["camera_model"] == "OPENCV"
+    shutil.rmtree(tmp_path / "images")               # as LLFF leaves a folder: renamed, smaller, with the model
+    os.rename(tmp_path / "images_8" / "2.png", tmp_path / "images_8" / "image000.png")
+    os.remove(tmp_path / "2.png")
+    write_llff(tmp_path, some_rig(rng, ["SIMPLE_PINHOLE"]), (-1, 0))
+    assert convert.convert(str(tmp_path))["frames"][0]["file_path"] == "images_8/image000.png"
 
 
 def test_convert_mistakes(tmp_path, convert):
@@ -3880,8 +3969,7 @@ def test_convert_mistakes(tmp_path, convert):
     (tmp_path / "images" / "0.png").touch()
     row = np.array([[0, 1, 0, 0, 48, -1, 0, 0, 0, 64, 0, 0, 1, 4, 50, 1, 9.0]])
     for word, table in (("2 poses for 1 images", np.repeat(row, 2, 0)), ("no NumPy file", row.astype(object)),
-                        ("no NumPy file", row[:, :15]), ("no NumPy file", row[:0]), ("nan", row * np.nan),
-                        ("bounds", np.concatenate([row[:, :15], [[9, 1]]], 1))):
+                        ("no NumPy file", row[:, :15]), ("no NumPy file", row[:0]), ("nan", row * np.nan)):
         np.save(tmp_path / "poses_bounds.npy", table)
         check(word)
     lens, image = "1 PINHOLE 64 48 50 60 32 24\n", "1 1 0 0 0 0 0 4 1 a.png\n\n"
@@ -3921,7 +4009,7 @@ def damage(data, rng):
 def test_convert_damage(tmp_path, rng, convert, form, name):
     """A damaged file ends in another error than ValueError, in numbers that are none, or in much time or memory."""
     write_rig(tmp_path, rng, form)
-    whole, refused, start = (tmp_path / name).read_bytes(), 0, time.perf_counter()
+    whole, refused, start = (tmp_path / name).read_bytes(), 0, time.process_time()
     tracemalloc.start()
     for _ in range(200):
         (tmp_path / name).write_bytes(damage(whole, rng))
@@ -3930,7 +4018,7 @@ def test_convert_damage(tmp_path, rng, convert, form, name):
         except ValueError as error:
             assert type(error) is ValueError and len(str(error).splitlines()) == 1 and str(tmp_path) in str(error)
             refused += 1
-    assert tracemalloc.get_traced_memory()[1] < 50e6 and 50 < refused < 200 and time.perf_counter() - start < 60
+    assert tracemalloc.get_traced_memory()[1] < 50e6 and 50 < refused < 200 and time.process_time() - start < 60
     tracemalloc.stop()
 
 
@@ -3941,7 +4029,7 @@ def test_convert_command(tmp_path, rng, convert, capsys, monkeypatch):
     want = convert.convert("scene")
     command = [sys.executable, "-X", "importtime", convert.__file__, "scene"]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0 and "6 frames" in done.stdout and len(done.stdout.splitlines()) == 1
+    assert done.returncode == 0 and "8 frames" in done.stdout and len(done.stdout.splitlines()) == 1
     assert "numpy" in done.stderr and not re.search(r"\| *(taichi|imageio|PIL)\b", done.stderr)
     assert json.loads((tmp_path / "scene" / "transforms.json").read_text()) == want
 
@@ -4026,6 +4114,7 @@ def test_resume(tiny, monkeypatch, capsys, kind):
     assert json.loads((tiny / "run" / "metrics.json").read_text())["steps"] == 8
     assert command("render", "run", "--frames", 1, "--out", "frames") == 0
     os.rename("scene", "moved")
+    assert command("eval", "run", "--scene", "moved") == 0
     with monkeypatch.context() as patch:
         in_step(patch, 5, lambda m: signal.raise_signal(signal.SIGINT))
         patch.setattr(tinynerf, "WATCH_SECONDS", 0)  # which leaves no trace
@@ -4060,7 +4149,12 @@ def test_killed(tiny, rng):
     for _ in range(int(os.environ.get("TINYNERF_KILLS", 2))):
         argv = [sys.executable, "-c", code, "train", *argv, "--arch", ARCH]
         process = subprocess.Popen(argv, env={**os.environ, "PYTHONPATH": HERE}, stdout=subprocess.PIPE, text=True)
-        while process.stdout.readline()[:5] != "step ":
+        line = process.stdout.readline()
+        while line[:5] != "step ":
+            assert process.poll() is None
+            line = process.stdout.readline()
+        assert int(line.split()[1]) > steps[-1]
+        while not os.path.exists("run/checkpoint.npz"):
             assert process.poll() is None
         time.sleep(0.6 * rng.random())
         process.kill()
@@ -4152,7 +4246,8 @@ def test_strangers(tiny, rng, monkeypatch, capsys):
             worst = max(worst, memory / len(whole))
         summary += [f"{name}: {len(lines)} of {len(lines) + len(taken)} refused, {worst:.1f} times its size in memory"]
         summary += ["    taken: " + what for what in taken]
-        assert taken[0] == "nothing" and len(lines) > 100 and not any("camera_test_size" in what for what in taken)
+        assert taken[0] == "nothing" and len(lines) > 100 and not [what for what in taken if re.match(
+            r"cut|info|a bomb|one more|twice|camera_test_size|\w+ (missing|pickled|wide|big|nan)$", what)]
     for version, word in ((tinynerf.FORMAT + 1, "newer version"), (None, "older version")):
         arrays = dict(np.load(io.BytesIO(whole)))
         info = json.dumps({**json.loads(str(arrays["info"])), "format": version})
@@ -4206,14 +4301,15 @@ def test_nothing_to_see(tiny, capsys):
         assert (tiny / "mine" / "log.csv").read_text() == "of an earlier run"
 
 
-def test_not_finite(tiny, monkeypatch, capsys):
+@pytest.mark.parametrize("at, word", [(5, "not a finite number at step 6"), (8, "the model is not finite at step 8")])
+def test_not_finite(tiny, monkeypatch, capsys, at, word):
     """A run whose loss is no number goes on, says another step than the first, or spoils its checkpoint."""
     monkeypatch.setattr(tinynerf, "CHECKPOINT_SECONDS", 0)
 
     def spoil(m):                                    # what it leads to shows in the next step
         m.grad_params.from_numpy(np.full_like(m.grad_params.to_numpy(), np.inf))
-    in_step(monkeypatch, 5, spoil)
-    assert "not a finite number at step 6" in fails(capsys, "train", "scene", "--out", "run", "--steps", 60)
+    in_step(monkeypatch, at, spoil)
+    assert word in fails(capsys, "train", "scene", "--out", "run", "--steps", 60)
     assert checkpoint()[0]["state"]["step"] == 4 and not os.path.exists("run/model.npz")
 
 
@@ -4275,6 +4371,15 @@ def test_resume_mistakes(tiny, mistake, monkeypatch, capsys):
     assert "other views, poses or sizes" in fails(capsys, "train", "--resume", "run")
 
 
+def test_static_points(tiny):
+    """Points that never move lie elsewhere in the cube than in the scene, or photographs are of other moments."""
+    np.save("scene/points.npy", np.float32([[0.3, -0.6, 1.5]]))
+    scene = tinynerf.load_scene("scene")
+    m, views = tinynerf.make_model("nerfies", scene, tinynerf.place_scene(scene), ARCH)
+    assert_close("static points", views.points.to_numpy(), [0.6, 0.3, 1.0], 1e-6)
+    assert np.array_equal(m.time.to_numpy(), scene.train.time)
+
+
 def test_two_at_once(tiny, monkeypatch):
     """Two runs of a scene that begin together write to one folder."""
     make_model = tinynerf.make_model
@@ -4304,7 +4409,7 @@ def test_pinned_threads():
     """Taichi's threads may all wake up on one core."""
     done = threading.Event()
     with tinynerf.pinned_threads():
-        threads = [threading.Thread(target=done.wait) for _ in range(5)]
+        threads = [threading.Thread(target=done.wait, daemon=True) for _ in range(5)]
         for thread in threads:
             thread.start()
     if sys.platform == "linux":
@@ -4424,6 +4529,8 @@ CAPTURE_MISTAKES = {
     "scale": ("scale = 0", lambda m: m.update(scale=0)),
     "offset": ("offset is not three numbers", lambda m: m.update(offset=[1, 2])),
     "offset of nothing": ("offset is not three numbers", lambda m: m.update(offset=[1, 2, None])),
+    "offset of words": ("offset = 'far'", lambda m: m.update(offset="far")),
+    "a tiny angle": ("camera_angle_x = 1e-07", lambda m: (m.pop("fl_x"), m.update(camera_angle_x=1e-7))),
     "offset infinite": ("offset = inf", lambda m: m.update(offset=[1, 2, float("inf")])),
     "a number for a list": ("transforms.json", lambda m: m.update(test_filenames=5)),
     "a list of numbers": ("5 is not a file", lambda m: m.update(train_filenames=[5])),
@@ -5631,7 +5738,7 @@ def test_golden_training(golden_files):
     assert len(losses) == 2
     assert_close("losses", losses, arrays["training/losses"][:2], 1e-6 if ON_CPU else 1e-4)
     cells = arrays["training/cells"].reshape(-1, 2)
-    assert np.array_equal(cells[:3], [[1, 0], [2, 1024], [3, 2048]]) and len(cells) > 50
+    assert np.array_equal(cells[:3], [[1, 0], [2, 1024], [3, 2048]]) and len(cells) == 63 + 19
     assert len(arrays["training/n_rays"]) == training["steps"] == 100
     done = np.arange(100) / 100                      # from 1e-2 to 1e-3, the last tenth to nothing; Adam's corrections
     rates = 1e-2 * 0.1**done * np.minimum(1, 10 * (1 - done))

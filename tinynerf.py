@@ -16,7 +16,6 @@ buffers, the list of launches (forward, backward), the training loop, rendering 
 import argparse
 import concurrent.futures
 import contextlib
-import csv
 import gc
 import importlib.util
 import inspect
@@ -126,8 +125,8 @@ class UserError(Exception):
 
 # What a frame, or its file for all frames, may say of a lens, and within which bounds: instant-ngp's names
 LENS = ("k1", "k2", "k3", "k4", "p1", "p2")
-INTRINSICS = {**dict.fromkeys(("fl_x", "fl_y", "w", "h"), (0, 1e6)),
-              **dict.fromkeys(("camera_angle_x", "camera_angle_y"), (0, math.pi)),
+INTRINSICS = {**dict.fromkeys(("fl_x", "fl_y", "w", "h"), (1e-6, 1e6)),
+              **dict.fromkeys(("camera_angle_x", "camera_angle_y"), (1e-6, math.pi)),
               **dict.fromkeys(("cx", "cy") + LENS, (-1e6, 1e6))}
 CAMERA_MODELS = ("OPENCV", "PINHOLE", "SIMPLE_PINHOLE", "PERSPECTIVE", "SIMPLE_RADIAL", "RADIAL", "OPENCV_FISHEYE")
 
@@ -154,6 +153,8 @@ def read_image(path, w=None, h=None):
             if image.mode.startswith("I"):           # 16 bit
                 image = PIL.Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             return np.array(image.convert("RGBA"))
+    except MemoryError:
+        raise
     except Exception as error:                       # decoders raise OSError, SyntaxError, ValueError, struct.error ...
         raise UserError(f"cannot use the image {path}: {one_line(error)}",
                         "is it complete? replace it or remove its frame")
@@ -212,7 +213,8 @@ def parse_frame(meta, frame):
     if pose.shape not in ((3, 4), (4, 4)):
         raise ValueError(f"the transform_matrix of {name} is not 4x4")
     if model is not None and model not in CAMERA_MODELS:
-        raise ValueError(f"camera_model {model!r:.40} is none of {', '.join(CAMERA_MODELS)}")
+        raise ValueError(f"camera_model {model!r:.40} is none of {', '.join(CAMERA_MODELS)}: "
+                         "make perspective images first")
     numbers = {key: parse_number(key, values.get(key), *bounds) for key, bounds in INTRINSICS.items()}
     time = parse_number("time", values.get("time"), -1e6, 1e6)
     if not (numbers["fl_x"] or numbers["camera_angle_x"] or numbers["camera_angle_y"]):
@@ -273,11 +275,14 @@ def load_view(f, folder, downscale, capture):
 
     if capture:                                      # pixels train, or do not
         trains = rgba[..., 3] >= 128
+        moving = os.path.join(os.path.dirname(path), f"dynamic_mask_{os.path.splitext(os.path.basename(path))[0]}.png")
         try:
             if f.mask is not None:
                 trains = np.stack([trains, read_image(os.path.join(folder, f.mask))[..., 0] > 0]).all(0)
+            if os.path.isfile(moving):               # from instant-ngp's colmap2nerf.py
+                trains = np.stack([trains, ~read_image(moving)[..., :3].any(-1)]).all(0)
         except (UserError, ValueError):              # cannot be stacked
-            problem = ("a mask that cannot be read or has another size: it is not used", f.mask)
+            problem = ("a mask that cannot be read or has another size: it is not used", f.mask or moving)
         rgba[..., 3] = np.where(trains, 255, 0)
     if downscale > 1:
         full, rgba = rgba, downscale_image(rgba, downscale)
@@ -302,7 +307,7 @@ def load_frames(path, meta, folder, downscale, capture):
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise UserError(f"{path} is not usable: {one_line(error)}",
                         "it needs camera_angle_x or fl_x, and frames with file_path and a 4x4 transform_matrix")
-    wrong, n = {}, len(frames)
+    wrong, n_frames = {}, len(frames)
     if capture:
         unique = {frame.name: frame for frame in reversed(frames)}
         wrong["the name of an earlier frame"] = [frame.name for frame in frames if frame is not unique[frame.name]]
@@ -310,13 +315,15 @@ def load_frames(path, meta, folder, downscale, capture):
     for i, frame in enumerate(frames):               # where nobody says when: one after the other
         frame.still = frame.time is None
         frame.time = i / max(len(frames) - 1, 1) if frame.still else frame.time
-    n_pixels = sum(count_pixels(find_image(folder, frame.name)) for frame in frames) // downscale**2
-    check_fits(f"reading the {len(frames)} images of {path}", 4 * n_pixels / 1e6, f"use --downscale {2 * downscale}")
-    with concurrent.futures.ThreadPoolExecutor() as pool:
+    n_pixels = [count_pixels(find_image(folder, frame.name)) for frame in frames]
+    kept, each, free = 4e-6 * sum(n_pixels) / downscale**2, 16e-6 * max(n_pixels), free_mb()
+    check_fits(f"reading the {len(frames)} images of {path}", kept + each, f"use --downscale {2 * downscale}")
+    n = os.cpu_count() if free is None else int(min(os.cpu_count(), (free - kept) / max(each, 1e-6)))
+    with concurrent.futures.ThreadPoolExecutor(max(n, 1)) as pool:           # each has an image in full at a time
         views, problems = zip(*pool.map(lambda frame: load_view(frame, folder, downscale, capture), frames))
     for what, which in filter(None, problems):
         wrong.setdefault(what, []).append(which)
-    lines = [f"{len(which)} of {n} frames {'has' if len(which) == 1 else 'have'} {what} (first: {which[0]})"
+    lines = [f"{len(which)} of {n_frames} frames {'has' if len(which) == 1 else 'have'} {what} (first: {which[0]})"
              for what, which in wrong.items() if which]
     if lines and not capture:
         raise UserError(f"{path}: {lines[0]}", "is the download complete? mend the frame or remove it")
@@ -337,10 +344,13 @@ def split_views(meta, views):
 
 
 def read_placement(meta):
-    """Those of aabb_scale, scale (> 0) and offset (3 numbers) that a transforms file has. ValueError, TypeError."""
+    """Those of aabb_scale, scale (> 0) and offset (3 numbers, or one for all) that a transforms file has. ValueError,
+    TypeError."""
     placement = {key: parse_number(key, meta.get(key), 0, 1e6) for key in ("aabb_scale", "scale")}
-    if meta.get("offset") is not None:
-        placement["offset"] = [parse_number("offset", x, -1e6, 1e6) for x in meta["offset"]]
+    offset = meta.get("offset")
+    if offset is not None:
+        offset = offset if isinstance(offset, list) else 3 * [offset]
+        placement["offset"] = [parse_number("offset", x, -1e6, 1e6) for x in offset]
         if len(placement["offset"]) != 3 or None in placement["offset"]:
             raise ValueError("offset is not three numbers")
     return {key: value for key, value in placement.items() if value is not None}
@@ -1973,13 +1983,12 @@ def nice_ticks(low, high):
     return np.arange(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1) * step
 
 
-def draw_history(path, log_path):
-    """A picture of log.csv: PSNR of the training rays and their loss against time, each row and a running mean."""
-    with open(log_path, newline="", encoding="utf-8") as file:
-        rows = np.array([row[1:4] for row in csv.reader(file)][1:], np.float64).reshape(-1, 3)
-    if not len(rows):                                # somebody has removed them
+def draw_history(path, rows):
+    """A picture of log.csv's rows: PSNR of the training rays and their loss against time, and their running mean."""
+    if not rows:                                     # somebody has removed what was there
         return
-    seconds, loss, decibel = rows[:, 0], np.log10(np.maximum(rows[:, 1], 1e-10)), rows[:, 2]
+    seconds, loss, decibel = np.array([row.strip().split(",")[1:] for row in rows], np.float64).T
+    loss = np.log10(np.maximum(loss, 1e-10))
     image = PIL.Image.new("RGB", (960, 480), "white")
     draw, font = PIL.ImageDraw.Draw(image), PIL.ImageFont.load_default(16)
     for left, title, value in ((70, "PSNR of training rays, dB", decibel), (550, "their loss, log10", loss)):
@@ -2242,7 +2251,7 @@ def command_train(args):
     log_path, rows = os.path.join(out, "log.csv"), ["step,seconds,loss,psnr\r\n"]
     if resume and os.path.exists(log_path):          # go on behind the checkpoint's row; a killed run went further
         with open(log_path, newline="", encoding="utf-8", errors="replace") as file:
-            found = ((row, re.fullmatch(r"([0-9]{1,9}),[0-9.]+,[0-9.e+-]+,[0-9.-]+\r\n", row)) for row in file)
+            found = ((row, re.fullmatch(r"(\d{1,9}),\d+\.\d+,\d+(\.\d+)?(e-\d+)?,-?\d+\.\d+\r\n", row)) for row in file)
             rows += [row for row, match in found if match and int(match[1]) <= old["state"]["step"]]
     with discarding(out), progress_bar("train ") as bar:
         task, printed, saved = bar.add_task("train", total=1.0, note=""), [0.0], [time.monotonic()]
@@ -2293,7 +2302,7 @@ def command_train(args):
                    **(dict(test_time=scene.test.time) if m.moves else {}))
     save_model(os.path.join(out, "model.npz"), m, info, cameras)
 
-    draw_history(os.path.join(out, "history.png"), log_path)
+    draw_history(os.path.join(out, "history.png"), rows[1:])
     buffer_mb = m.buffer_mb()
     metrics = measure(m, scene.test, out)
     metrics.update(buffer_mb=buffer_mb, split=scene.split, steps=total["steps"], train_seconds=total["train_seconds"],

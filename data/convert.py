@@ -23,10 +23,12 @@ import sys
 
 import numpy as np
 
-# COLMAP's camera models in the order of its numbers 0 to 5, with their parameters; without fl_y, it is fl_x
+# COLMAP's camera models, with their parameters; without fl_y, it is fl_x
 MODELS = {"SIMPLE_PINHOLE": "fl_x cx cy", "PINHOLE": "fl_x fl_y cx cy", "SIMPLE_RADIAL": "fl_x cx cy k1",
           "RADIAL": "fl_x cx cy k1 k2", "OPENCV": "fl_x fl_y cx cy k1 k2 p1 p2",
-          "OPENCV_FISHEYE": "fl_x fl_y cx cy k1 k2 k3 k4"}
+          "OPENCV_FISHEYE": "fl_x fl_y cx cy k1 k2 k3 k4", "SIMPLE_RADIAL_FISHEYE": "fl_x cx cy k1",
+          "RADIAL_FISHEYE": "fl_x cx cy k1 k2"}
+NUMBERS = dict(zip((0, 1, 2, 3, 4, 5, 8, 9), MODELS))
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".webp")
 
 
@@ -34,17 +36,24 @@ def convert(folder):
     """The poses in a folder as a dict, what a transforms.json has; None if none are there in a known format.
 
     "frames" are sorted by file_path, which is relative to the folder, and have w, h as the source says (images may be
-    smaller); "source" is what was read. LLFF's frames have "bounds", nearest and farthest depth in world units.
-    ValueError, of one line that names the file, for what is damaged or not supported.
+    smaller); "source" is what was read; "camera_model" is there too, where it is the same for all frames, since
+    nerfstudio looks for it there. ValueError, of one line that names the file, for what is damaged or not supported.
     """
+    path = os.path.join(folder, "poses_bounds.npy")
     try:
         for place in ("sparse/0", "sparse", "colmap/sparse/0", ""):
             for ending, source in ((".bin", "COLMAP binary"), (".txt", "COLMAP text")):
                 paths = [os.path.join(folder, place, name + ending) for name in ("cameras", "images")]
                 if all(map(os.path.isfile, paths)):
-                    return dict(frames=colmap_frames(folder, *paths), source=source)
-        path = os.path.join(folder, "poses_bounds.npy")
-        return dict(frames=llff_frames(folder, path), source="LLFF") if os.path.isfile(path) else None
+                    frames = colmap_frames(folder, *paths)
+                    there = any(os.path.isfile(os.path.join(folder, frame["file_path"])) for frame in frames)
+                    if there or not os.path.isfile(path):        # LLFF makes its poses, and images_8/, of a model
+                        models = {frame["camera_model"] for frame in frames}
+                        return dict(frames=frames, source=source,
+                                    **(dict(camera_model=models.pop()) if len(models) == 1 else {}))
+        if not os.path.isfile(path):
+            return None
+        return dict(frames=llff_frames(folder, path), source="LLFF", camera_model="OPENCV")
     except OSError as error:
         raise ValueError(f"{error.filename}: {error.strerror}")
 
@@ -65,7 +74,8 @@ def check_numbers(where, numbers):
 def lens(where, model, width, height, values):
     """What a frame says of its lens, from the parameters of one of COLMAP's camera models."""
     if model not in MODELS:
-        raise ValueError(f"{where}: camera model {model!r} is not supported, only {', '.join(MODELS)}")
+        raise ValueError(f"{where}: camera model {model!r} is not supported, only {', '.join(MODELS)}: "
+                         "undistort the photos, by colmap image_undistorter")
     names = MODELS[model].split()
     if len(values) != len(names):
         raise ValueError(f"{where}: {model} has {len(names)} parameters, not {len(values)}")
@@ -75,7 +85,8 @@ def lens(where, model, width, height, values):
     side = max(width, height)
     if not (0 < width < 2**20 and 0 < height < 2**20 and 1e-3 * side < min(focal) <= max(focal) < 1e3 * side):
         raise ValueError(f"{where}: {width}x{height} pixels, with focal lengths of {focal[0]:g} and {focal[1]:g}")
-    return dict(entry, w=width, h=height, camera_model="OPENCV_FISHEYE" if model == "OPENCV_FISHEYE" else "OPENCV")
+    fisheye = model.endswith("FISHEYE")              # nerfstudio reads the first, instant-ngp the second
+    return dict(entry, w=width, h=height, camera_model="OPENCV_FISHEYE" if fisheye else "OPENCV", is_fisheye=fisheye)
 
 
 # ---- COLMAP ---------------------------------------------------------------------------------------------------------
@@ -146,7 +157,7 @@ def binary_cameras(file):
     """u64 count; of each camera u32 id, i32 model, u64 width, u64 height, f64 parameters."""
     for _ in range(take_count(file, 48)):
         number, model, width, height = take(file, "IiQQ")
-        model = dict(enumerate(MODELS)).get(model, model)
+        model = NUMBERS.get(model, model)
         values = take(file, f"{len(MODELS.get(model, '').split())}d")          # none for a model that lens() refuses
         yield f"{file.name}, camera {number}", number, model, width, height, values
 
@@ -204,7 +215,8 @@ def llff_frames(folder, path):
 
     A row is 3x5 and 2 numbers. The five columns: the camera's axes in the world, pointing down, right and backwards;
     its position; and height, width, focal length. OpenGL has right, up and backwards: the second, minus the first, the
-    third. The two numbers bound the depth. The header must be plain before NumPy evaluates it and makes room for n.
+    third. The two numbers bound the depth, which nothing here needs. The header must be plain before NumPy evaluates it
+    and makes room for n.
     """
     with open(path, "rb") as file:
         start = file.read(1000)
@@ -220,13 +232,11 @@ def llff_frames(folder, path):
     frames = []
     for name, row in zip(names, table):
         where = f"{path}, row {len(frames)}, {name!r}"
-        check_numbers(where, row)
-        (down, right, back, position, (height, width, focal)), bounds = row[:15].reshape(3, 5).T, row[15:].tolist()
-        if not 0 < bounds[0] < bounds[1]:
-            raise ValueError(f"{where}: the bounds {bounds} are not positive, or not in order")
+        check_numbers(where, row[:15])
+        down, right, back, position, (height, width, focal) = row[:15].reshape(3, 5).T
         pose = np.vstack([np.column_stack([right, -down, back, position]), (0, 0, 0, 1)])
         entry = lens(where, "SIMPLE_PINHOLE", round(width), round(height), (focal, width / 2, height / 2))
-        frames.append(dict(entry, file_path=f"{images}/{name}", transform_matrix=pose.tolist(), bounds=bounds))
+        frames.append(dict(entry, file_path=f"{images}/{name}", transform_matrix=pose.tolist()))
     return frames
 
 
