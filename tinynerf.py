@@ -2402,9 +2402,11 @@ def command_render(args):
         new_size = size or (width, height)
         set_moment(m, moment)
         rgb, depth = render_view(m, resize_camera(camera, (width, height), new_size), *new_size, lens)
+        if not args.depth:
+            return to_bytes(rgb)
         if not span and np.isfinite(depth).any():    # one range for all frames: a video must not flicker
             span[:] = depth_range(depth)
-        return depth_image(depth, *(span or (0.0, 1.0))) if args.depth else to_bytes(rgb)
+        return depth_image(depth, *(span or (0.0, 1.0)))
 
     frames = (render(camera, moment, *old) for camera, moment, old in zip(path, times, sizes))
     start = time.perf_counter()
