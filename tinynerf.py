@@ -2125,7 +2125,7 @@ def pinned_threads():
     """Threads that are started meanwhile are dealt out to the cores, for good, where that can be done (Linux): Taichi's
     wake up for each kernel, and left alone, at times for seconds, all do so on one core."""
     def threads():
-        return set(map(int, os.listdir("/proc/self/task"))) if sys.platform == "linux" else set()
+        return set(map(int, os.listdir("/proc/self/task"))) if os.path.isdir("/proc/self/task") else set()
     before = threads()
     yield
     for i, thread in enumerate(sorted(threads() - before)):
