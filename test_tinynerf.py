@@ -8,6 +8,7 @@ always for a random incoming gradient: with one of all ones, swapped channels or
 The environment variable TINYNERF_ARCH (cpu, vulkan, cuda, metal) says where the kernels run.
 """
 import ast
+import contextlib
 import errno
 import functools
 import hashlib
@@ -4406,7 +4407,7 @@ def test_video(tmp_path):
 
 
 def test_pinned_threads():
-    """Taichi's threads may all wake up on one core."""
+    """Threads that are started meanwhile are not dealt out; or those in which Taichi computes share a core."""
     done = threading.Event()
     with tinynerf.pinned_threads():
         threads = [threading.Thread(target=done.wait, daemon=True) for _ in range(5)]
@@ -4418,6 +4419,19 @@ def test_pinned_threads():
         assert got == sorted(cores[i % len(cores)] for i in range(5))
         assert all(len(os.sched_getaffinity(thread.native_id)) == 1 for thread in threads)
     done.set()
+    if sys.platform == "linux" and ON_CPU and len(cores) > 1:
+        def pauses():
+            """How often each thread but this one has waited."""
+            waited = {}
+            for thread in set(os.listdir("/proc/self/task")) - {str(os.getpid())}:
+                with contextlib.suppress(OSError), open(f"/proc/self/task/{thread}/status") as file:    # it has ended
+                    waited[int(thread)] = int(re.search(r"\nvoluntary_ctxt_switches:\s*(\d+)", file.read())[1])
+            return waited
+        params, before = rowsF(np.zeros(2**16)), pauses()
+        for _ in range(100):
+            k.fill_uniform(2**16, 0, 1.0, 0, params)
+        woken = [os.sched_getaffinity(thread) for thread, now in pauses().items() if now > before.get(thread, 0) + 50]
+        assert len(woken) == len(cores) == len(set.union(*woken)), woken
 
 
 # ---- Command line ---------------------------------------------------------------------------------------------------

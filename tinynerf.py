@@ -318,7 +318,7 @@ def load_frames(path, meta, folder, downscale, capture):
     n_pixels = [count_pixels(find_image(folder, frame.name)) for frame in frames]
     kept, each, free = 4e-6 * sum(n_pixels) / downscale**2, 16e-6 * max(n_pixels), free_mb()
     check_fits(f"reading the {len(frames)} images of {path}", kept + each, f"use --downscale {2 * downscale}")
-    n = os.cpu_count() if free is None else int(min(os.cpu_count(), (free - kept) / max(each, 1e-6)))
+    n = count_cores() if free is None else int(min(count_cores(), (free - kept) / max(each, 1e-6)))
     with concurrent.futures.ThreadPoolExecutor(max(n, 1)) as pool:           # each has an image in full at a time
         views, problems = zip(*pool.map(lambda frame: load_view(frame, folder, downscale, capture), frames))
     for what, which in filter(None, problems):
@@ -2092,8 +2092,7 @@ def start_taichi(arch):
         choices.remove("vulkan")                     # no GPU: what Vulkan would find is a renderer in software
     for choice in choices:
         # Matrices as LLVM vectors: weight gradients several times as fast on a CPU; SPIR-V cannot take them.
-        # A loop on a CPU is cut into as many pieces as there are threads: two a core share it more evenly.
-        options = dict(real_matrix_scalarize=choice != "cpu", unrolling_limit=0, cpu_max_num_threads=2 * os.cpu_count())
+        options = dict(real_matrix_scalarize=choice != "cpu", unrolling_limit=0, cpu_max_num_threads=count_cores())
         sys.stdout.flush()
         with tempfile.TemporaryFile("w+") as log:    # only Taichi's trace says which device it found
             saved = os.dup(1), os.dup(2)
@@ -2122,8 +2121,8 @@ def start_taichi(arch):
 
 @contextlib.contextmanager
 def pinned_threads():
-    """Threads that are started meanwhile are dealt out to the cores, for good, where that can be done (Linux): Taichi's
-    wake up for each kernel, and left alone, at times for seconds, all do so on one core."""
+    """Threads that are started meanwhile are dealt out to the cores, for good, where that can be done (Linux): Taichi's,
+    one a core, wake up for each kernel, and left alone, at times for seconds, all do so on one core."""
     def threads():
         return set(map(int, os.listdir("/proc/self/task"))) if os.path.isdir("/proc/self/task") else set()
     before = threads()
@@ -2134,12 +2133,17 @@ def pinned_threads():
             os.sched_setaffinity(thread, {cores[i % len(cores)]})
 
 
+def count_cores():
+    """The number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def cpu_name():
-    """What the operating system calls the processor, and the number of its cores."""
+    """What the operating system calls the processor, and the number of cores."""
     name = platform.processor() or platform.machine() or "unknown"
     with contextlib.suppress(OSError, AttributeError), open("/proc/cpuinfo", encoding="utf-8") as file:
         name = re.search(r"model name\s*: (.*)", file.read()).group(1)
-    return f"{name}, {os.cpu_count()} cores"
+    return f"{name}, {count_cores()} cores"
 
 
 def peak_memory_mb():
@@ -2721,7 +2725,7 @@ def median_seconds(function, repeats=15):
 def measure_floors(m):
     """What this machine can do at best, by NumPy on all cores: FLOP/s of a product, [2^15, 64] times [64, 64]; bytes/s
     of a copy, read and written; bytes/s of a gather of random rows of the parameters, read."""
-    rng, n_threads = np.random.default_rng(0), os.cpu_count() or 1
+    rng, n_threads = np.random.default_rng(0), count_cores()
     x, weight = rng.random((2**15, k.WIDTH), np.float32), rng.random((k.WIDTH, k.WIDTH), np.float32)
     y, big = np.empty_like(x), rng.random((n_threads, 2**22), np.float32)
     copy, table = np.empty_like(big), rng.random((m.n_rows, k.N_FEATURES), np.float32)
