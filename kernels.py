@@ -19,8 +19,8 @@ Rules that hold for the whole file:
      unbounded scene is all of space, bent into the cube by `contract`; its lengths are those before bending.
   7. Indices are i32: n_levels * samples, the pixels of all views, 4 * slots of the table, 8 * rays, `first` + n and, in
      crop_views, cells * views stay below 2^31.
-  8. It reads as Python: x & 1 == 1 is (x & 1) == 1, and a <= x < b both. Literals are f32; // and % meet no negative
-     numbers. Where i32 and f32 meet, the i32 is converted first; / is always f32. A number meets each component of a
+  8. It reads as Python: x & 1 == 1 is (x & 1) == 1, and a <= x < b both. Literals with a point are f32; // and % meet
+     no negative numbers. Where i32 and f32 meet, the i32 is converted first; / is always f32. A number meets each component of a
      vector. Compilers may contract products and sums, and reorder sums. u32 is modulo 2^32; counter[2] and counter[3],
      which wrap around, too.
 Part II, at the end, holds stages of other models than instant-ngp; a reader may stop before it.
@@ -36,7 +36,7 @@ kept, one of the live cells of the occupancy grid, one of the cells that an upda
 """
 import taichi as ti
 
-WIDTH = 64            # neurons of a hidden layer, and the most inputs any layer has
+WIDTH = 64            # neurons of a hidden layer, and the most inputs any layer of an MLP has
 OUTPUT = 16           # most outputs an MLP has: the density MLP's; the color MLP has 3
 N_FEATURES = 4        # F: features of a hash-table slot, and numbers in a row of the parameters
 UNKNOWN = 1e9         # density of a cell that nobody has looked at yet: it counts as occupied
@@ -47,11 +47,11 @@ DARK = END + 1        # step index of a ray that has ended in a dark cell
 NEVER = 2**31 - 1     # the first step whose loss is no finite number, while there is none
 RADIUS = 0.25         # of the ball in the middle of the cube that the contraction leaves as it is
 FAR = 25.0            # where rays of an unbounded scene end, in sides of the cube
-CODE_SCALE = 0.05     # of photographs' codes where they enter the color MLP
+CODE_SCALE = 0.05     # of photographs' codes where they enter an MLP
 NEUTRAL_EVERY = 8     # one of so many training rays has the neutral code
 CAMERA = 22           # numbers of a camera: see generate_rays
 LENS_TOLERANCE = 1e-6  # to which a lens is inverted, in units of the focal length
-T_STOP = 1e-3         # a ray ends when less than this share of light reaches its next sample
+T_STOP = 1e-3         # a ray ends when less than this share of light reaches its next sample (instant-ngp: 1e-4)
 RAW_SIGMA_MAX = 15.0  # exp() is guarded above this: e^15 per box side is opaque within one step
 
 vec3 = ti.types.vector(3, ti.f32)
@@ -288,9 +288,7 @@ def generate_rays(n_rays: ti.i32, unbounded: ti.i32, near: ti.f32, step_length: 
         t_last = ti.select(length > 0.0, ti.select(unbounded == 1, FAR, 1e9), -1.0)
         if unbounded == 0:
             t_first, t_last = cross_box(origin, direction, vec3(0.0), vec3(1.0), t_first, t_last)
-        u = 0.5
-        if jitter == 1:
-            u = random_f32(seed, STREAM_JITTER, step, r)
+        u = ti.select(jitter == 1, random_f32(seed, STREAM_JITTER, step, r), 0.5)
 
         for c in ti.static(range(3)):
             ray[8 * r + c] = origin[c]
@@ -328,7 +326,7 @@ def expand(x):
 @ti.kernel
 def contract_samples(counter: i32buf, sample: f32buf):
     """Samples from space into the cube; only in unbounded scenes. t and dt stay lengths before bending. It has no
-    backward: nothing here needs the gradient of a position.
+    backward: warps, whose parameters have gradients, come after it.
 
     counter  [4]             in
     sample   [n_samples, 5]  in-out  the position
@@ -393,16 +391,9 @@ def bound_views(n_views: ti.i32, size: i32buf, camera: f32buf, view_bound: f32bu
     for v in range(n_views):
         width, height = size[4 * v + 1], size[4 * v + 2]
         low, high = ti.Vector([1e4, 1e4]), ti.Vector([-1e4, -1e4])
-        for t in range(2 * (width + height)):
-            column, row = 0, 0                       # clockwise from the upper left corner
-            if t < width:
-                column, row = t, 0
-            elif t < width + height:
-                column, row = width, t - width
-            elif t < 2 * width + height:
-                column, row = 2 * width + height - t, height
-            else:
-                column, row = 0, 2 * (width + height) - t
+        for t in range(2 * (width + height)):        # clockwise from the upper left corner
+            column = ti.math.clamp(t, 0, width) - ti.math.clamp(t - width - height, 0, width)
+            row = ti.math.clamp(t - width, 0, height) - ti.math.clamp(t - 2 * width - height, 0, height)
             direction = lens_direction(ti.cast(column, ti.f32), ti.cast(row, ti.f32), v, size, camera)
             for c in ti.static(range(2)):
                 slope = direction[c] / ti.max(-direction[2], 1e-4)
@@ -642,12 +633,9 @@ def update_density_grid(first: ti.i32, decay: ti.f32, counter: i32buf, live_coun
     """
     for t in range(counter[0]):
         cell = live_cell[(first + t) % live_counter[0]]
-        density = cell_sigma[t] * sample[5 * t + 4]
-        if density_grid[cell] >= UNKNOWN:
-            density_grid[cell] = density
-        else:
-            share = decay ** (ti.cast(live_counter[0], ti.f32) / counter[0])
-            density_grid[cell] = ti.max(share * density_grid[cell], density)
+        share = decay ** (ti.cast(live_counter[0], ti.f32) / counter[0])
+        before = ti.select(density_grid[cell] >= UNKNOWN, 0.0, share * density_grid[cell])
+        density_grid[cell] = ti.max(before, cell_sigma[t] * sample[5 * t + 4])
 
 
 @ti.kernel
@@ -1496,10 +1484,17 @@ def code_backward(n_code: ti.i32, first: ti.i32, n_chunks: ti.i32, chunk: ti.i32
                     ti.atomic_add(grad_params[at // N_FEATURES][at % N_FEATURES], g)
 
 
-@ti.kernel
-def color_head_forward(counter: i32buf, color_raw: rows16, rgb_sigma: f32buf):
-    """rgb[i] = sigmoid(color_raw[i][:3]) = 1 / (1 + exp(-color_raw))
+@ti.func
+def sigmoid(x):
+    """1 / (1 + exp(-x)); e^89 would overflow."""
+    return 1.0 / (1.0 + ti.exp(ti.min(-x, 80.0)))
 
+
+@ti.kernel
+def color_head_forward(margin: ti.f32, counter: i32buf, color_raw: rows16, rgb_sigma: f32buf):
+    """rgb[i] = (1 + 2 margin) sigmoid(color_raw[i][:3]) - margin
+
+    margin     by which colors reach beyond [0, 1]: 0 but for mip-NeRF's
     counter    [4]                     in
     color_raw  [n_samples] rows of 16  in    output of the color MLP: the first 3 entries
     rgb_sigma  [n_samples, 4]          out   [0:3]
@@ -1507,13 +1502,15 @@ def color_head_forward(counter: i32buf, color_raw: rows16, rgb_sigma: f32buf):
     """
     for i in range(counter[0]):
         for c in ti.static(range(3)):
-            rgb_sigma[4 * i + c] = 1.0 / (1.0 + ti.exp(-color_raw[i][c]))
+            rgb_sigma[4 * i + c] = (1.0 + 2.0 * margin) * sigmoid(color_raw[i][c]) - margin
 
 
 @ti.kernel
-def color_head_backward(counter: i32buf, rgb_sigma: f32buf, grad_rgb_sigma: f32buf, grad_color_raw: rows16):
-    """grad_color_raw[i] = rgb (1 - rgb), the slope of the sigmoid, times grad_rgb
+def color_head_backward(margin: ti.f32, counter: i32buf, rgb_sigma: f32buf, grad_rgb_sigma: f32buf,
+                        grad_color_raw: rows16):
+    """grad_color_raw[i] = (1 + 2 margin) s (1 - s) grad_rgb, where s = (rgb + margin) / (1 + 2 margin) is the sigmoid
 
+    composite_backward takes colors to be in [0, 1]: what it finds behind a sample is off by up to margin T.
     counter         [4]                     in
     rgb_sigma       [n_samples, 4]          in
     grad_rgb_sigma  [n_samples, 4]          in    [0:3]
@@ -1522,8 +1519,8 @@ def color_head_backward(counter: i32buf, rgb_sigma: f32buf, grad_rgb_sigma: f32b
     """
     for i in range(counter[0]):
         for c in ti.static(range(3)):
-            rgb = rgb_sigma[4 * i + c]
-            grad_color_raw[i][c] = rgb * (1.0 - rgb) * grad_rgb_sigma[4 * i + c]
+            s = (rgb_sigma[4 * i + c] + margin) / (1.0 + 2.0 * margin)
+            grad_color_raw[i][c] = (1.0 + 2.0 * margin) * s * (1.0 - s) * grad_rgb_sigma[4 * i + c]
 
 
 # ---- Volume rendering (Max 1995; Mildenhall et al. 2020, "NeRF", equation 3)
@@ -1609,75 +1606,58 @@ def composite_backward(n_rays: ti.i32, ray_span: i32buf, sample: f32buf, rgb_sig
 
 @ti.func
 def place_on_ray(t, dt):
-    """Position s and length ds of a sample on the ray, measured such that all of it is as long as 1: near the camera
-    almost evenly, far away in disparity. s = t / (t + RADIUS), ds = dt RADIUS / (t + RADIUS)^2."""
-    return t / (t + RADIUS), dt * RADIUS / ((t + RADIUS) * (t + RADIUS))
+    """Middle s and length ds of the part of a ray from t - dt/2 to t + dt/2, measured such that all of the ray is as
+    long as 1: s(t) = t / (t + RADIUS), near the camera almost even, far away disparity. Parts may be long."""
+    square = (t + RADIUS) * (t + RADIUS) - 0.25 * dt * dt
+    return 1.0 - RADIUS * (t + RADIUS) / square, dt * RADIUS / square
 
 
 @ti.kernel
-def distortion_forward(n_rays: ti.i32, ray_span: i32buf, sample: f32buf, rgb_sigma: f32buf, distortion: f32buf):
-    """How far apart the weights w_k = T_k alpha_k of a ray are (see composite_forward and place_on_ray):
+def distortion_loss(n_rays: ti.i32, strength: ti.f32, counter: i32buf, ray_span: i32buf, sample: f32buf,
+                    rgb_sigma: f32buf, grad_rgb_sigma: f32buf):
+    """How far apart the weights w_k = T_k alpha_k of a ray are (see composite_forward and place_on_ray), and the
+    gradient of that, on top of that of composite_backward:
 
-        D = sum_k sum_m w_k w_m |s_k - s_m| + 1/3 sum_k w_k^2 ds_k
-          = sum_k 2 w_k (s_k sum_{m<k} w_m - sum_{m<k} w_m s_m) + 1/3 w_k^2 ds_k           samples come in order
-
-    ray_span    [n_rays, 2]     in
-    sample      [n_samples, 5]  in    [3] = t, [4] = dt
-    rgb_sigma   [n_samples, 4]  in    [3] = sigma
-    distortion  [n_rays, 3]     out   D, sum_k w_k, sum_k w_k s_k
-    thread      one per ray
-    """
-    for r in range(n_rays):
-        T = 1.0
-        D, weight, moment = 0.0, 0.0, 0.0
-        first = ray_span[2 * r]
-        for i in range(first, first + ray_span[2 * r + 1]):
-            if T < T_STOP:
-                break
-            alpha = 1.0 - ti.exp(-rgb_sigma[4 * i + 3] * sample[5 * i + 4])
-            s, ds = place_on_ray(sample[5 * i + 3], sample[5 * i + 4])
-            w = T * alpha
-            D += 2.0 * w * (s * weight - moment) + w * w * ds / 3.0
-            weight += w
-            moment += w * s
-            T *= 1.0 - alpha
-        distortion[3 * r] = D
-        distortion[3 * r + 1] = weight
-        distortion[3 * r + 2] = moment
-
-
-@ti.kernel
-def distortion_backward(n_rays: ti.i32, strength: ti.f32, counter: i32buf, ray_span: i32buf, sample: f32buf,
-                        rgb_sigma: f32buf, distortion: f32buf, grad_rgb_sigma: f32buf):
-    """Gradient of L = strength / N sum_r D_r, N = counter[1], on top of that of composite_backward:
-
-        g_k = dD/dw_k = 2 sum_m w_m |s_k - s_m| + 2/3 w_k ds_k       from sums over what is before and what is behind
+        D   = sum_k sum_m w_k w_m |s_k - s_m| + 1/3 sum_k w_k^2 ds_k
+            = sum_k 2 w_k (s_k sum_{m<k} w_m - sum_{m<k} w_m s_m) + 1/3 w_k^2 ds_k           samples come in order
+        L   = strength / N sum_r D_r                                                         N = counter[1]
+        g_k = dD/dw_k = 2 sum_m w_m |s_k - s_m| + 2/3 w_k ds_k
         grad_sigma_k += strength / N dt_k (T_{k+1} g_k - sum_{m>k} w_m g_m)
 
-    D is of degree 2 in the weights, hence sum_m w_m g_m = 2 D, and the sum behind k is what is left of it.
-    counter         [4]             in      of the march: its rays are those that were not dropped
+    A first walk sums D, w_k and w_k s_k; a second has g_k from what is before and what is left of them. D is of
+    degree 2 in the weights, hence sum_m w_m g_m = 2 D, and the sum behind k is what is left of that.
+    counter         [4]             in      [1] = N, the rays that were not dropped
     ray_span        [n_rays, 2]     in
-    sample          [n_samples, 5]  in
-    rgb_sigma       [n_samples, 4]  in
-    distortion      [n_rays, 3]     in      from distortion_forward
+    sample          [n_samples, 5]  in      [3] = t, [4] = dt
+    rgb_sigma       [n_samples, 4]  in      [3] = sigma
     grad_rgb_sigma  [n_samples, 4]  in-out  [3]
     thread          one per ray, which owns its samples
     """
     for r in range(n_rays):
-        T = 1.0
+        first, end = ray_span[2 * r], ray_span[2 * r] + ray_span[2 * r + 1]
+        T, D, all_weight, all_moment = 1.0, 0.0, 0.0, 0.0
+        for i in range(first, end):
+            if T < T_STOP:
+                break
+            alpha = 1.0 - ti.exp(-rgb_sigma[4 * i + 3] * sample[5 * i + 4])
+            s, ds = place_on_ray(sample[5 * i + 3], sample[5 * i + 4])
+            w = T * alpha
+            D += 2.0 * w * (s * all_weight - all_moment) + w * w * ds / 3.0
+            all_weight += w
+            all_moment += w * s
+            T *= 1.0 - alpha
         scale = strength / ti.max(counter[1], 1)
-        behind, weight, moment = 2.0 * distortion[3 * r], 0.0, 0.0
-        first = ray_span[2 * r]
-        for i in range(first, first + ray_span[2 * r + 1]):
+        T = 1.0
+        behind, weight, moment = 2.0 * D, 0.0, 0.0
+        for i in range(first, end):
             if T < T_STOP:
                 break
             alpha = 1.0 - ti.exp(-rgb_sigma[4 * i + 3] * sample[5 * i + 4])
             s, ds = place_on_ray(sample[5 * i + 3], sample[5 * i + 4])
             w = T * alpha
             T *= 1.0 - alpha
-            # s (weight before - weight behind) - (moment before - moment behind); w itself cancels
-            g = 2.0 * (s * (2.0 * weight + w - distortion[3 * r + 1]) - (2.0 * moment + w * s - distortion[3 * r + 2]))
-            g += 2.0 / 3.0 * w * ds
+            # s (weight before - weight behind) - (moment before - moment behind), in both of which w s cancels
+            g = 2.0 * (s * (2.0 * weight - all_weight) - (2.0 * moment - all_moment)) + 2.0 / 3.0 * w * ds
             weight += w
             moment += w * s
             behind = ti.math.clamp(behind - w * g, 0.0, 3.0 * T)     # no rounding beyond that: g < 3
@@ -1687,19 +1667,20 @@ def distortion_backward(n_rays: ti.i32, strength: ti.f32, counter: i32buf, ray_s
 # ---- Loss and optimiser ---------------------------------------------------------------------------------------------
 
 @ti.kernel
-def loss_and_gradient(n_rays: ti.i32, random_background: ti.i32, masked: ti.i32, seed: ti.i32, step: ti.i32,
-                      counter: i32buf, ray_pixel: i32buf, image: u32buf, ray_step: i32buf, pixel: f32buf,
-                      loss: f32buf, grad_pixel: f32buf, bad_step: i32buf):
+def loss_and_gradient(n_rays: ti.i32, share: ti.f32, random_background: ti.i32, masked: ti.i32, seed: ti.i32,
+                      step: ti.i32, counter: i32buf, ray_pixel: i32buf, image: u32buf, ray_step: i32buf,
+                      pixel: f32buf, loss: f32buf, grad_pixel: f32buf, bad_step: i32buf):
     """Squared error of each ray's color against its photograph, both over the same background:
 
         color  = pixel + T background            target = a image + (1 - a) background
-        L      = 1/(3 N) sum_r |color - target|^2                               N = counter[1], rays not dropped
-        grad_pixel = 2/(3 N) (color - target),   grad_T = grad_pixel . background
+        L      = share/(3 N) sum_r |color - target|^2                           N = counter[1], rays not dropped
+        grad_pixel = 2 share/(3 N) (color - target),   grad_T = grad_pixel . background
 
     L2, since it is the error that PSNR measures. The background is a new random color per ray and step where
     images have alpha (a wrong opacity then shows against some colors) and where nothing is behind the scene (what lets
     it through is wrong), white otherwise. Where `masked`, alpha says instead which pixels count: those of 1. Rays that
-    ended in a dark cell before their light was used up do not count: it would go on.
+    ended in a dark cell before their light was used up do not count: it would go on. share is 1 but for mip-NeRF's
+    coarse pixels.
     counter     [4]                  in
     ray_pixel   [n_rays]             in
     image       [pixels of all views] in   one word a pixel: red in the lowest byte, then green, blue, straight alpha
@@ -1715,17 +1696,13 @@ def loss_and_gradient(n_rays: ti.i32, random_background: ti.i32, masked: ti.i32,
         word = image[ray_pixel[r]]
         a = ti.cast(word >> 24, ti.f32) / 255.0
         counts = 1.0
-        if ray_step[r] < END or (ray_step[r] == DARK and pixel[4 * r + 3] >= T_STOP):
+        if ray_step[r] < END or (ray_step[r] == DARK and pixel[4 * r + 3] >= T_STOP) or (masked == 1 and a < 1.0):
             counts = 0.0
-        if masked == 1:
-            counts = ti.select(a < 1.0, 0.0, counts)
-        scale = counts / (3.0 * ti.max(counter[1], 1))
+        scale = share * counts / (3.0 * ti.max(counter[1], 1))
         grad_T = 0.0
         total = 0.0
         for c in ti.static(range(3)):
-            background = 1.0
-            if random_background == 1:
-                background = random_f32(seed, STREAM_BACKGROUND + c, step, r)
+            background = ti.select(random_background == 1, random_f32(seed, STREAM_BACKGROUND + c, step, r), 1.0)
             truth = ti.cast((word >> (8 * c)) & ti.u32(255), ti.f32) / 255.0
             error = pixel[4 * r + c] + pixel[4 * r + 3] * background - (a * truth + (1.0 - a) * background)
             total += error * error / 3.0
@@ -1852,7 +1829,7 @@ def lattice_opacity(n: ti.i32, first: ti.i32, n_side: ti.i32, length: ti.f32, gr
 
     sample     [n, 5]          in    position, in the cube
     sigma      [n]             in
-    occupancy  [2 n + n / 64 + 6]  in    see above
+    occupancy  see above       in    as rays use it
     opacity    [n_side^3]      out   n entries from `first` on
     thread     one per point
     """
@@ -1999,7 +1976,6 @@ STREAM_COARSE, STREAM_FINE = 10, 11      # random numbers of the samples along a
 STREAM_MOMENT, STREAM_POINT, STREAM_ELASTIC = 12, 13, 14
 FREQUENCIES = 10                         # L of a position's encoding: 6 L numbers, 3 of the position and a 1 are 64
 DIRECTION_FREQUENCIES = 4                # L of a direction's: 6 L + 3 numbers
-MARGIN = 0.001                           # by which mip-NeRF's colors reach beyond [0, 1]
 BETA_MIN = 0.15                          # least uncertainty of a pixel of NeRF in the Wild
 THIN = 5.0                               # its transient part begins at a density of e^-5 per side of the box
 WARP_FREQUENCIES = 4                     # L of a position where the warp of Nerfies is told it
@@ -2060,10 +2036,10 @@ def sample_even(n_rays: ti.i32, n: ti.i32, bent: ti.i32, middle: ti.f32, jitter:
                 ray: f32buf, ray_span: i32buf, ray_step: i32buf, sample: f32buf, sample_ray: i32buf):
     """Coarse samples, stratified (NeRF, equation 2): a part begins at random in each of n equal intervals of a ray, at
 
-        t_k = t_first + (k + u_k) (t_last - t_first) / n      u_k random in [0, 1) while training, 1/2 otherwise
+        t_k = t_first + (k + u_k) (t_last - t_first) / n      u_k random in [0, 1) while training, 0 otherwise
 
     where `bent`, of intervals that are equal on the scale of bend() (Mip-NeRF 360, equation 11). place_samples makes
-    samples of the parts.
+    samples of the parts; what a random u_0 leaves out before the first counts as empty.
     ray         [n_rays, 8]     in    from t_first, not jittered, to t_last
     ray_span    [n_rays, 2]     in    from claim_spans
     ray_step    [n_rays]        out   END: all of the ray is sampled; 0 if it was dropped
@@ -2073,9 +2049,7 @@ def sample_even(n_rays: ti.i32, n: ti.i32, bent: ti.i32, middle: ti.f32, jitter:
     """
     for r in range(n_rays):
         for j in range(ray_span[2 * r + 1]):
-            u = 0.5
-            if jitter == 1:
-                u = random_f32(seed, STREAM_COARSE, step, r * n + j)
+            u = ti.select(jitter == 1, random_f32(seed, STREAM_COARSE, step, r * n + j), 0.0)
             s_first, s_last = bend(ray[8 * r + 3], bent), bend(ray[8 * r + 7], bent)
             sample[5 * (ray_span[2 * r] + j) + 3] = unbend(s_first + (j + u) / n * (s_last - s_first), bent)
         place_samples(r, middle, ray, ray_span, sample, sample_ray)
@@ -2131,9 +2105,7 @@ def sample_where_light_is(n_rays: ti.i32, n: ti.i32, merge: ti.i32, bent: ti.i32
             total += weight[part]
         i, part, before, kept = ray_span[2 * r], first, 0.0, first
         for j in range(ti.select(ray_span[2 * r + 1] > 0, n, 0)):
-            u = 0.5
-            if jitter == 1:
-                u = random_f32(seed, STREAM_FINE, step, r * n + j)
+            u = ti.select(jitter == 1, random_f32(seed, STREAM_FINE, step, r * n + j), 0.0)
             target = (j + u) / n * total
             while part < end - 1 and before + weight[part] <= target:
                 before += weight[part]
@@ -2157,7 +2129,7 @@ def sample_where_light_is(n_rays: ti.i32, n: ti.i32, merge: ti.i32, bent: ti.i32
         ray_step[r] = ti.select(ray_span[2 * r] >= 0, END, 0)
 
 
-# ---- Frequency encoding (NeRF, section 5.1; it has no parameters, and nothing here needs the gradient of a position)
+# ---- Frequency encoding (NeRF, section 5.1; it has no parameters, and no model needs its gradient in the position)
 
 @ti.func
 def wave(turns):
@@ -2329,6 +2301,20 @@ def layer_backward_weight(n_x: ti.i32, n_h: ti.i32, n_out: ti.i32, capacity: ti.
 # on a colored sphere before a background, the network of the tests put out 0 everywhere after a few steps, for good.
 # mip-NeRF's is softplus(geometry[0] - 1), and all three models have that here.
 
+@ti.func
+def softplus(x):
+    """log(1 + exp(x)); by its series where f32 would round 1 + exp(x), far below to 1: there would be no slope."""
+    e = ti.exp(-ti.abs(x))
+    series = e * (1.0 - e * (0.5 - e * (1.0 / 3.0 - 0.25 * e)))
+    return ti.max(x, 0.0) + ti.select(e < 0.01, series, ti.log(1.0 + e))
+
+
+@ti.func
+def softplus_slope(y):
+    """Slope of softplus where its value is y: 1 - exp(-y); by its series where that would cancel."""
+    return ti.select(y < 0.01, y * (1.0 - y * (0.5 - y * (1.0 / 6.0 - y / 24.0))), 1.0 - ti.exp(-y))
+
+
 @ti.kernel
 def density_softplus_forward(counter: i32buf, geometry: rows16, rgb_sigma: f32buf):
     """sigma[i] = softplus(geometry[i][0] - 1) = log(1 + exp(geometry[i][0] - 1))
@@ -2339,17 +2325,16 @@ def density_softplus_forward(counter: i32buf, geometry: rows16, rgb_sigma: f32bu
     thread     one per sample
     """
     for i in range(counter[0]):
-        x = geometry[i][0] - 1.0
-        rgb_sigma[4 * i + 3] = ti.max(x, 0.0) + ti.log(1.0 + ti.exp(-ti.abs(x)))
+        rgb_sigma[4 * i + 3] = softplus(geometry[i][0] - 1.0)
 
 
 @ti.kernel
 def density_softplus_backward(counter: i32buf, rgb_sigma: f32buf, grad_rgb_sigma: f32buf, grad_color_input: rows64,
                               grad_geometry: rows16):
-    """grad_geometry[i] = grad_color_input[i][:16] + ((1 - exp(-sigma)) grad_sigma, 0, ..., 0)
+    """grad_geometry[i] = grad_color_input[i][:16] + (softplus' grad_sigma, 0, ..., 0)
 
     counter           [4]                     in
-    rgb_sigma         [n_samples, 4]          in    [3] = sigma; softplus' = 1 - exp(-softplus)
+    rgb_sigma         [n_samples, 4]          in    [3] = sigma
     grad_rgb_sigma    [n_samples, 4]          in    [3]
     grad_color_input  [n_samples] rows of 64  in    the first 16 entries
     grad_geometry     [n_samples] rows of 16  out
@@ -2358,13 +2343,13 @@ def density_softplus_backward(counter: i32buf, rgb_sigma: f32buf, grad_rgb_sigma
     for i in range(counter[0]):
         for c in ti.static(range(OUTPUT)):
             grad_geometry[i][c] = grad_color_input[i][c]
-        slope = 1.0 - ti.exp(-rgb_sigma[4 * i + 3])
+        slope = softplus_slope(rgb_sigma[4 * i + 3])
         grad_geometry[i][0] = grad_color_input[i][0] + slope * grad_rgb_sigma[4 * i + 3]
 
 
 # ---- Cones instead of rays (Barron et al. 2021, "Mip-NeRF"): a pixel sees a cone, and a part of it, a conical frustum,
 # is encoded as the Gaussian that is nearest to it. What is smaller than the frustum fades from the encoding, and one
-# network serves both levels.
+# network serves both levels. So that black and white are within reach, colors have a margin (color_head_forward).
 
 @ti.kernel
 def widen_weights(n_rays: ti.i32, floor: ti.f32, coarse_span: i32buf, weight: f32buf, wide_weight: f32buf):
@@ -2386,156 +2371,80 @@ def widen_weights(n_rays: ti.i32, floor: ti.f32, coarse_span: i32buf, weight: f3
             wide_weight[i] = 0.5 * (ti.max(before, weight[i]) + ti.max(weight[i], after)) + floor
 
 
-@ti.func
-def frustum(i, sample_ray: ti.template(), ray: ti.template(), ray_view: ti.template(), camera: ti.template(),
-            sample: ti.template()):
-    """The Gaussian of a sample's frustum: how far along the ray its mean is from the sample's position, and variances
-    v_t, v_r. sample_ray, ray, ray_view, camera and sample are those of integrated_encode_forward."""
-    r = sample_ray[i]
-    m = CAMERA * ray_view[r]
-    t, h = sample[5 * i + 3], 0.5 * sample[5 * i + 4]
-    cos = 0.0
-    for c in ti.static(range(3)):
-        cos -= ray[8 * r + 4 + c] * camera[m + 4 * c + 2]
-    q = 0.57735027 * ti.max(cos, 0.0) * 2.0 / (camera[m + 12] + camera[m + 13])
-    scale = 3.0 * t * t + h * h
-    v_t = h * h / 3.0 - 4.0 / 15.0 * h * h * h * h * (12.0 * t * t - h * h) / (scale * scale)
-    v_r = q * q * (t * t / 4.0 + 5.0 / 12.0 * h * h - 4.0 / 15.0 * h * h * h * h / scale)
-    return 2.0 * t * h * h / scale, v_t, v_r
-
-
-@ti.func
-def encode_gaussian(i, c, mean, variance, feature: ti.template()):
-    """The entries of feature[i] that axis c has, of a Gaussian in the cube: see integrated_encode_forward."""
-    turns = mean - 0.5                                       # half of p
-    exponent = 0.5 * 4.0 * variance * 9.8696044              # of the first wave
-    for l in range(FREQUENCIES):
-        s_wave, c_wave = wave(turns)
-        fade = ti.exp(-exponent)
-        feature[i][6 * l + 2 * c] = s_wave * fade
-        feature[i][6 * l + 2 * c + 1] = c_wave * fade
-        turns *= 2.0
-        exponent *= 4.0
-    feature[i][6 * FREQUENCIES + c] = 0.0
-    feature[i][6 * FREQUENCIES + 3] = 1.0
-
-
 @ti.kernel
-def integrated_encode_forward(counter: i32buf, sample_ray: i32buf, ray: f32buf, ray_view: i32buf, camera: f32buf,
-                              sample: f32buf, feature: rows64):
+def integrated_encode_forward(unbounded: ti.i32, counter: i32buf, sample_ray: i32buf, ray: f32buf, ray_view: i32buf,
+                              size: i32buf, camera: f32buf, sample: f32buf, feature: rows64):
     """The mean of frequency_encode_forward's waves over a Gaussian (section 3.1). The frustum from t - h to t + h, with
-    h = dt / 2, of a cone of radius q at distance 1 has the mean t + 2 t h^2 / (3 t^2 + h^2) on the ray, and variances
+    h = dt / 2, of a cone of radius q at distance 1 has the mean t + 2 t h^2 / (3 t^2 + h^2) on the ray, and the
+    covariance (v_t - v_r) d d^T + v_r I,
 
         along    v_t = h^2 / 3 - 4/15 h^4 (12 t^2 - h^2) / (3 t^2 + h^2)^2
         across   v_r = q^2 (t^2 / 4 + 5/12 h^2 - 4/15 h^4 / (3 t^2 + h^2))
 
-    hence v_c = v_t d_c^2 + v_r (1 - d_c^2) along axis c; p = 2 mean - 1 has variances 4 v_c, since lengths double;
+    Where `unbounded`, `contract` is taken as linear about that mean x (Mip-NeRF 360, equation 9), with the Jacobian J:
+    with e the unit vector from the middle of the cube to x, and contract's |y|,
+
+        J    = a (I - e e^T) + b e e^T      a = (2 |y| - 1) / |y|^2, b = 1 / |y|^2 where |y| > 1; elsewhere a = b = 1
+        v_c  = (v_t - v_r) (J d)_c^2 + v_r (a^2 + (b^2 - a^2) e_c^2)        the diagonal of J covariance J^T
+
+    p = 2 mean - 1, the mean contracted where x is, has variances 4 v_c, since lengths double;
 
         feature[i] = (sin(2^l pi p_c) fade, cos(2^l pi p_c) fade, fade = exp(-(2^l pi)^2 4 v_c / 2);   0, 0, 0;   1)
 
-    q = 2 / sqrt(12) of a pixel's width: a disc with the pixel's variance. A pixel is cos / f wide at distance 1, where
-    cos is that of the angle between the ray and the optical axis; the lens's distortion is not in it.
-    counter     [4]                     in
-    sample_ray  [n_samples]             in
-    ray         [n_rays, 8]             in    [4:7] = direction d
-    ray_view    [n_rays]                in
-    camera      [n_views, 22]           in    see generate_rays
-    sample      [n_samples, 5]          in    position, t in the middle of the part, dt
-    feature     [n_samples] rows of 64  out
-    thread      one per sample
-    """
-    for i in range(counter[0]):
-        shift, v_t, v_r = frustum(i, sample_ray, ray, ray_view, camera, sample)
-        for c in range(3):
-            d = ray[8 * sample_ray[i] + 4 + c]
-            encode_gaussian(i, c, sample[5 * i + c] + shift * d, v_t * d * d + v_r * (1.0 - d * d), feature)
-
-
-@ti.kernel
-def color_wide_forward(counter: i32buf, color_raw: rows16, rgb_sigma: f32buf):
-    """rgb[i] = (1 + 2 MARGIN) sigmoid(color_raw[i][:3]) - MARGIN: black and white are within reach
-
-    counter    [4]                     in
-    color_raw  [n_samples] rows of 16  in    output of the color MLP: the first 3 entries
-    rgb_sigma  [n_samples, 4]          out   [0:3]
-    thread     one per sample
-    """
-    for i in range(counter[0]):
-        for c in ti.static(range(3)):
-            rgb_sigma[4 * i + c] = (1.0 + 2.0 * MARGIN) / (1.0 + ti.exp(-color_raw[i][c])) - MARGIN
-
-
-@ti.kernel
-def color_wide_backward(counter: i32buf, rgb_sigma: f32buf, grad_rgb_sigma: f32buf, grad_color_raw: rows16):
-    """grad_color_raw[i] = (1 + 2 MARGIN) s (1 - s) grad_rgb, where s = (rgb + MARGIN) / (1 + 2 MARGIN) is the sigmoid
-
-    composite_backward takes colors to be in [0, 1]: what it finds behind a sample is off by up to MARGIN T.
-    counter         [4]                     in
-    rgb_sigma       [n_samples, 4]          in
-    grad_rgb_sigma  [n_samples, 4]          in    [0:3]
-    grad_color_raw  [n_samples] rows of 16  out   the first 3 entries
-    thread          one per sample
-    """
-    for i in range(counter[0]):
-        for c in ti.static(range(3)):
-            s = (rgb_sigma[4 * i + c] + MARGIN) / (1.0 + 2.0 * MARGIN)
-            grad_color_raw[i][c] = (1.0 + 2.0 * MARGIN) * s * (1.0 - s) * grad_rgb_sigma[4 * i + c]
-
-
-@ti.kernel
-def weigh_loss(n_rays: ti.i32, share: ti.f32, grad_pixel: f32buf):
-    """The coarse pixels' loss counts only by a share: grad_pixel *= share.
-
-    grad_pixel  [n_rays, 4]  in-out  from loss_and_gradient
-    thread      one per number
-    """
-    for t in range(4 * n_rays):
-        grad_pixel[t] = share * grad_pixel[t]
-
-
-# ---- Cones in all of space (Barron et al. 2022, "Mip-NeRF 360"): frustums go through the contraction, and samples are
-# even in a bent distance (see bend). A small network of densities alone proposes where on a ray its light comes from.
-# It never sees an image; it only learns to leave nothing out that the large network finds.
-
-@ti.kernel
-def contracted_encode_forward(unbounded: ti.i32, counter: i32buf, sample_ray: i32buf, ray: f32buf, ray_view: i32buf,
-                              camera: f32buf, sample: f32buf, feature: rows64):
-    """integrated_encode_forward of the frustum's Gaussian after `contract` (equation 9), taken as linear about the
-    mean x: the contracted one has the mean contract(x) and, of the Jacobian J there, the covariance J Sigma J^T, of
-    which the encoding takes the diagonal. With e the unit vector from the middle of the cube to x, and contract's |y|,
-
-        J      = a (I - e e^T) + b e e^T      a = (2 |y| - 1) / |y|^2, b = 1 / |y|^2 where |y| > 1; else a = b = 1
-        Sigma  = (v_t - v_r) d d^T + v_r I
-        diag_c = (v_t - v_r) (J d)_c^2 + v_r (a^2 + (b^2 - a^2) e_c^2)      in place of v_c
-
+    q = 2 / sqrt(12) of a pixel's width: a disc with the pixel's variance. At distance 1 a fisheye's pixel is 1 / f
+    wide, another lens's cos / f, where cos is that of the angle between the ray and the optical axis; the lens's
+    distortion is not in it.
     unbounded   1: contract; 0: a scene in the box
     counter     [4]                     in
     sample_ray  [n_samples]             in
     ray         [n_rays, 8]             in    [4:7] = direction d
     ray_view    [n_rays]                in
+    size        [n_views, 4]            in    [3] = 1: a fisheye
     camera      [n_views, 22]           in    see generate_rays
     sample      [n_samples, 5]          in    position, not contracted; t in the middle of the part; dt
     feature     [n_samples] rows of 64  out
     thread      one per sample
     """
     for i in range(counter[0]):
-        shift, v_t, v_r = frustum(i, sample_ray, ray, ray_view, camera, sample)
-        x, d = vec3(0.0), vec3(0.0)
+        r = sample_ray[i]
+        m = CAMERA * ray_view[r]
+        t, h = sample[5 * i + 3], 0.5 * sample[5 * i + 4]
+        scale = ti.max(3.0 * t * t + h * h, 1e-15)               # 0 for no part at all, at the camera
+        x, d, cos = vec3(0.0), vec3(0.0), 0.0
         for c in ti.static(range(3)):
-            d[c] = ray[8 * sample_ray[i] + 4 + c]
-            x[c] = sample[5 * i + c] + shift * d[c]
+            d[c] = ray[8 * r + 4 + c]
+            x[c] = sample[5 * i + c] + 2.0 * t * h * h / scale * d[c]
+            cos -= d[c] * camera[m + 4 * c + 2]
+        share = ti.select(size[4 * ray_view[r] + 3] == 1, 1.0, ti.max(cos, 0.0))
+        q = 0.57735027 * share * 2.0 / (camera[m + 12] + camera[m + 13])
+        v_t = h * h / 3.0 - 4.0 / 15.0 * h * h * h * h * (12.0 * t * t - h * h) / (scale * scale)
+        v_r = q * q * (t * t / 4.0 + 5.0 / 12.0 * h * h - 4.0 / 15.0 * h * h * h * h / scale)
         n = (x - 0.5).norm() / RADIUS
         e = (x - 0.5) / (RADIUS * ti.max(n, 1e-9))
-        across, along = 1.0, 1.0
+        a, b = 1.0, 1.0
         if unbounded == 1 and n > 1.0:
             x = contract(x)
-            across, along = (2.0 - 1.0 / n) / n, 1.0 / (n * n)
+            a, b = (2.0 - 1.0 / n) / n, 1.0 / (n * n)
         d_e = d.dot(e)
         for c in ti.static(range(3)):
-            jd = across * d[c] + (along - across) * d_e * e[c]
-            jj = across * across + (along * along - across * across) * e[c] * e[c]
-            encode_gaussian(i, c, x[c], (v_t - v_r) * jd * jd + v_r * jj, feature)
+            jd = a * d[c] + (b - a) * d_e * e[c]
+            v_c = (v_t - v_r) * jd * jd + v_r * (a * a + (b * b - a * a) * e[c] * e[c])
+            turns = x[c] - 0.5                                   # half of p
+            exponent = 0.5 * 4.0 * v_c * 9.8696044               # of the first wave
+            for l in range(FREQUENCIES):
+                s_wave, c_wave = wave(turns)
+                fade = ti.exp(-exponent)
+                feature[i][6 * l + 2 * c] = s_wave * fade
+                feature[i][6 * l + 2 * c + 1] = c_wave * fade
+                turns *= 2.0
+                exponent *= 4.0
+            feature[i][6 * FREQUENCIES + c] = 0.0
+        feature[i][6 * FREQUENCIES + 3] = 1.0
 
+
+# ---- Proposals (Barron et al. 2022, "Mip-NeRF 360"): in all of space, frustums go through the contraction and samples
+# are even in a bent distance (see bend). A small network of densities alone proposes where on a ray its light comes
+# from. It never sees an image; it only learns to leave nothing out that the large network finds.
 
 @ti.func
 def part_begin(i, sample: ti.template()):
@@ -2543,83 +2452,42 @@ def part_begin(i, sample: ti.template()):
     return sample[5 * i + 3] - 0.5 * sample[5 * i + 4]
 
 
-@ti.func
-def first_touched(i, part, end, sample: ti.template(), coarse_sample: ti.template()):
-    """The first coarse part, from `part` on and before `end`, that overlaps with the part of fine sample i; the others
-    follow as long as touched(). sample and coarse_sample are those of interlevel_forward."""
-    while part + 1 < end and part_begin(part + 1, coarse_sample) <= part_begin(i, sample):
-        part += 1
-    return part
-
-
-@ti.func
-def touched(i, part, end, sample: ti.template(), coarse_sample: ti.template()):
-    """Whether there is a coarse part that begins before the part of fine sample i ends; as in first_touched with the
-    same sample and coarse_sample."""
-    return part < end and part_begin(part, coarse_sample) < part_begin(i, sample) + sample[5 * i + 4]
-
-
 @ti.kernel
-def interlevel_forward(n_rays: ti.i32, coarse_span: i32buf, coarse_sample: f32buf, coarse_weight: f32buf,
-                       ray_span: i32buf, sample: f32buf, weight: f32buf, bound: f32buf, interlevel: f32buf):
-    """What the fine samples found that the proposal has not foreseen (equations 12 and 13):
+def interlevel_loss(n_rays: ti.i32, counter: i32buf, coarse_span: i32buf, coarse_sample: f32buf, coarse_weight: f32buf,
+                    ray_span: i32buf, sample: f32buf, weight: f32buf, grad_coarse_weight: f32buf):
+    """Gradient of what the fine samples found and the proposal has not foreseen (equations 12 and 13); the fine weights
+    count as given, and get none:
 
-        bound_i      = sum of the weights of all coarse parts of the ray that overlap with part i
-        interlevel_r = sum_i max(0, w_i - bound_i)^2 / (w_i + 1e-7)
-
-    If the fine weights are a finer histogram of what the coarse ones say, no bound is exceeded.
-    coarse_span    [n_rays, 2]     in
-    coarse_sample  [n_coarse, 5]   in    [3] = t, [4] = dt
-    coarse_weight  [n_coarse]      in    from weigh_samples
-    ray_span       [n_rays, 2]     in
-    sample         [n_samples, 5]  in    [3] = t, [4] = dt
-    weight         [n_samples]     in    from weigh_samples
-    bound          [n_samples]     out
-    interlevel     [n_rays]        out
-    thread         one per ray: both lists are in order, so one walk along the ray meets all pairs
-    """
-    for r in range(n_rays):
-        part, end, total = coarse_span[2 * r], coarse_span[2 * r] + coarse_span[2 * r + 1], 0.0
-        for i in range(ray_span[2 * r], ray_span[2 * r] + ray_span[2 * r + 1]):
-            part = first_touched(i, part, end, sample, coarse_sample)
-            foreseen, at = 0.0, part
-            while touched(i, at, end, sample, coarse_sample):
-                foreseen += coarse_weight[at]
-                at += 1
-            bound[i] = foreseen
-            excess = ti.max(weight[i] - foreseen, 0.0)
-            total += excess * excess / (weight[i] + 1e-7)
-        interlevel[r] = total
-
-
-@ti.kernel
-def interlevel_backward(n_rays: ti.i32, counter: i32buf, coarse_span: i32buf, coarse_sample: f32buf, ray_span: i32buf,
-                        sample: f32buf, weight: f32buf, bound: f32buf, grad_coarse_weight: f32buf):
-    """Gradient of L = 1/N sum_r interlevel_r, N = counter[1]; the fine weights count as given, and get none:
-
+        bound_i = sum of the weights of all coarse parts of the ray that overlap with part i
+        L       = 1/N sum_r sum_i max(0, w_i - bound_i)^2 / (w_i + 1e-7)                            N = counter[1]
         grad_coarse_weight_k = -2/N sum of max(0, w_i - bound_i) / (w_i + 1e-7) over all i whose part overlaps with k
 
+    If the fine weights are a finer histogram of what the coarse ones say, no bound is exceeded.
     counter             [4]             in    of the coarse samples
     coarse_span         [n_rays, 2]     in
-    coarse_sample       [n_coarse, 5]   in
+    coarse_sample       [n_coarse, 5]   in    [3] = t, [4] = dt
+    coarse_weight       [n_coarse]      in    from weigh_samples
     ray_span            [n_rays, 2]     in
-    sample              [n_samples, 5]  in
-    weight              [n_samples]     in
-    bound               [n_samples]     in    from interlevel_forward
+    sample              [n_samples, 5]  in    [3] = t, [4] = dt
+    weight              [n_samples]     in    from weigh_samples
     grad_coarse_weight  [n_coarse]      out
-    thread              one per ray, which owns its samples
+    thread              one per ray, which owns its samples: both lists are in order, so one walk meets all pairs
     """
     for r in range(n_rays):
         part, end = coarse_span[2 * r], coarse_span[2 * r] + coarse_span[2 * r + 1]
-        for at in range(part, end):
-            grad_coarse_weight[at] = 0.0
+        for k in range(part, end):
+            grad_coarse_weight[k] = 0.0
         for i in range(ray_span[2 * r], ray_span[2 * r] + ray_span[2 * r + 1]):
-            part = first_touched(i, part, end, sample, coarse_sample)
-            slope = -2.0 / ti.max(counter[1], 1) * ti.max(weight[i] - bound[i], 0.0) / (weight[i] + 1e-7)
-            at = part
-            while touched(i, at, end, sample, coarse_sample):
-                grad_coarse_weight[at] = grad_coarse_weight[at] + slope
-                at += 1
+            begin = part_begin(i, sample)
+            while part + 1 < end and part_begin(part + 1, coarse_sample) <= begin:
+                part += 1
+            bound, behind = 0.0, part
+            while behind < end and part_begin(behind, coarse_sample) < begin + sample[5 * i + 4]:
+                bound += coarse_weight[behind]
+                behind += 1
+            slope = -2.0 / ti.max(counter[1], 1) * ti.max(weight[i] - bound, 0.0) / (weight[i] + 1e-7)
+            for k in range(part, behind):
+                grad_coarse_weight[k] = grad_coarse_weight[k] + slope
 
 
 @ti.kernel
@@ -2674,15 +2542,14 @@ def transient_head_forward(counter: i32buf, transient_raw: rows16, transient: f3
     """
     for i in range(counter[0]):
         for c in ti.static(range(3)):
-            transient[5 * i + c] = 1.0 / (1.0 + ti.exp(-transient_raw[i][c]))
+            transient[5 * i + c] = sigmoid(transient_raw[i][c])
         for c in ti.static(range(3, 5)):
-            x = transient_raw[i][c] - (THIN if c == 3 else 0.0)
-            transient[5 * i + c] = ti.max(x, 0.0) + ti.log(1.0 + ti.exp(-ti.abs(x)))
+            transient[5 * i + c] = softplus(transient_raw[i][c] - (THIN if c == 3 else 0.0))
 
 
 @ti.kernel
 def transient_head_backward(counter: i32buf, transient: f32buf, grad_transient: f32buf, grad_transient_raw: rows16):
-    """The slope of the sigmoid is rgb (1 - rgb), that of softplus 1 - exp(-softplus).
+    """The slope of the sigmoid is rgb (1 - rgb), that of softplus softplus_slope.
 
     counter             [4]                     in
     transient           [n_samples, 5]          in
@@ -2693,7 +2560,7 @@ def transient_head_backward(counter: i32buf, transient: f32buf, grad_transient: 
     for i in range(counter[0]):
         for c in ti.static(range(5)):
             x = transient[5 * i + c]
-            slope = x * (1.0 - x) if c < 3 else 1.0 - ti.exp(-x)
+            slope = x * (1.0 - x) if c < 3 else softplus_slope(x)
             grad_transient_raw[i][c] = slope * grad_transient[5 * i + c]
 
 
@@ -2750,16 +2617,16 @@ def composite_both_backward(n_rays: ti.i32, ray_span: i32buf, sample: f32buf, rg
 
         grad_rgb_k   = T_k alpha_k grad_pixel            grad_rgb'_k = T_k alpha'_k grad_pixel
         grad_sigma_k = dt_k ((T_k exp(-sigma_k dt_k) rgb_k - behind_k) . grad_pixel - T_end grad_T)
-        grad_u_k     = dt_k ((T_k exp(-u_k dt_k) rgb'_k - behind_k) . grad_pixel - T_end grad_T)
+        grad_u_k    += dt_k ((T_k exp(-u_k dt_k) rgb'_k - behind_k) . grad_pixel - T_end grad_T)
 
     ray_span        [n_rays, 2]     in
     sample          [n_samples, 5]  in
     rgb_sigma       [n_samples, 4]  in
     transient       [n_samples, 5]  in
-    pixel           [n_rays, 4]     in    from composite_both_forward
+    pixel           [n_rays, 4]     in      from composite_both_forward
     grad_pixel      [n_rays, 4]     in
-    grad_rgb_sigma  [n_samples, 4]  out   0 behind the early stop
-    grad_transient  [n_samples, 5]  out   [0:4], 0 behind the early stop; [4] = 0
+    grad_rgb_sigma  [n_samples, 4]  out     0 behind the early stop
+    grad_transient  [n_samples, 5]  in-out  [0:3]: overwritten, 0 behind the early stop; [3]: added to
     thread          one per ray, which owns its samples
     """
     for r in range(n_rays):
@@ -2769,7 +2636,7 @@ def composite_both_backward(n_rays: ti.i32, ray_span: i32buf, sample: f32buf, rg
         for i in range(first, first + ray_span[2 * r + 1]):
             for c in ti.static(range(4)):
                 grad_rgb_sigma[4 * i + c] = 0.0
-            for c in ti.static(range(5)):
+            for c in ti.static(range(3)):
                 grad_transient[5 * i + c] = 0.0
             if T >= T_STOP:
                 through = ti.exp(-rgb_sigma[4 * i + 3] * sample[5 * i + 4])
@@ -2786,87 +2653,58 @@ def composite_both_backward(n_rays: ti.i32, ray_span: i32buf, sample: f32buf, rg
                     gain += (T * through * rgb_sigma[4 * i + c] - behind[c]) * grad_pixel[4 * r + c]
                     gain_too += (T * through_too * transient[5 * i + c] - behind[c]) * grad_pixel[4 * r + c]
                 grad_rgb_sigma[4 * i + 3] = sample[5 * i + 4] * gain
-                grad_transient[5 * i + 3] = sample[5 * i + 4] * gain_too
+                grad_transient[5 * i + 3] = grad_transient[5 * i + 3] + sample[5 * i + 4] * gain_too
                 T *= through * through_too
 
 
 @ti.kernel
-def uncertainty_forward(n_rays: ti.i32, ray_span: i32buf, sample: f32buf, transient: f32buf, beta: f32buf):
-    """Uncertainty of a pixel, rendered from the transient part alone:
+def uncertainty_loss(n_rays: ti.i32, strength: ti.f32, counter: i32buf, ray_span: i32buf, sample: f32buf,
+                     transient: f32buf, loss: f32buf, grad_pixel: f32buf, grad_transient: f32buf):
+    """The squared error as the likelihood of a normal distribution whose deviation beta is rendered from the transient
+    part alone; and a toll on that part's density, which keeps it for what the static one cannot say:
 
         beta = BETA_MIN + sum_k T'_k alpha'_k b_k        T'_{k+1} = T'_k exp(-u_k dt_k), to the end of the ray
+        L    = 1/N sum_r |color - target|^2 / (2 beta^2) + log(beta^2) / 2 + strength (mean of the ray's u_k)
+
+        grad_pixel *= 3 / (2 beta^2)                     the first term of L is loss_and_gradient's but for that
+        grad_beta   = 1/N (1 / beta - |color - target|^2 / beta^3)               0 where the ray does not count
+        grad_b_k    = T'_k alpha'_k grad_beta
+        grad_u_k    = dt_k (T'_{k+1} b_k - sum_{m>k} T'_m alpha'_m b_m) grad_beta + strength / (N n_samples of the ray)
 
     The paper adds the minimum to each b_k; then pixels without a transient part would have none. Its minimum is 0.03:
     with that, a run of a minute gives up all pixels that are hard at first, the subject's, for those of empty air.
-    ray_span   [n_rays, 2]     in
-    sample     [n_samples, 5]  in    [4] = dt
-    transient  [n_samples, 5]  in    [3] = u, [4] = b
-    beta       [n_rays]        out
-    thread     one per ray
-    """
-    for r in range(n_rays):
-        T, total = 1.0, BETA_MIN
-        for i in range(ray_span[2 * r], ray_span[2 * r] + ray_span[2 * r + 1]):
-            through = ti.exp(-transient[5 * i + 3] * sample[5 * i + 4])
-            total += T * (1.0 - through) * transient[5 * i + 4]
-            T *= through
-        beta[r] = total
-
-
-@ti.kernel
-def weigh_by_uncertainty(n_rays: ti.i32, counter: i32buf, loss: f32buf, beta: f32buf, grad_pixel: f32buf,
-                         grad_beta: f32buf):
-    """The squared error as the likelihood of a normal distribution of deviation beta:
-
-        L = 1/N sum_r |color - target|^2 / (2 beta^2) + log(beta^2) / 2           N = counter[1]
-        grad_beta = 1/N (1 / beta - |color - target|^2 / beta^3)
-
-    loss_and_gradient's L is the same but for the factor 3 / (2 beta^2); rays that do not count have no loss there.
-    counter     [4]          in      of the march
-    loss        [n_rays]     in      |color - target|^2 / 3
-    beta        [n_rays]     in
-    grad_pixel  [n_rays, 4]  in-out  from loss_and_gradient
-    grad_beta   [n_rays]     out     0 where the loss is 0: where the ray does not count
-    thread      one per ray
-    """
-    for r in range(n_rays):
-        inverse = 1.0 / beta[r]
-        for c in ti.static(range(4)):
-            grad_pixel[4 * r + c] = 1.5 * inverse * inverse * grad_pixel[4 * r + c]
-        grad_beta[r] = 0.0
-        if loss[r] > 0.0:
-            grad_beta[r] = (inverse - 3.0 * loss[r] * inverse * inverse * inverse) / ti.max(counter[1], 1)
-
-
-@ti.kernel
-def uncertainty_backward(n_rays: ti.i32, strength: ti.f32, counter: i32buf, ray_span: i32buf, sample: f32buf,
-                         transient: f32buf, beta: f32buf, grad_beta: f32buf, grad_transient: f32buf):
-    """Gradient of uncertainty_forward, and of strength / N sum_r (mean of u_k over the ray's samples), which keeps the
-    transient part for what the static one cannot say, on top of that of composite_both_backward:
-
-        grad_b_k  = T'_k alpha'_k grad_beta
-        grad_u_k += dt_k (T'_{k+1} b_k - sum_{m>k} T'_m alpha'_m b_m) grad_beta + strength / (N n_samples of the ray)
-
-    counter         [4]             in      of the march: [1] = N
+    counter         [4]             in      [1] = N, the rays that were not dropped
     ray_span        [n_rays, 2]     in
-    sample          [n_samples, 5]  in
-    transient       [n_samples, 5]  in
-    beta            [n_rays]        in      from uncertainty_forward
-    grad_beta       [n_rays]        in
-    grad_transient  [n_samples, 5]  in-out  [3]: added to; [4]: overwritten
+    sample          [n_samples, 5]  in      [4] = dt
+    transient       [n_samples, 5]  in      [3] = u, [4] = b
+    loss            [n_rays]        in      |color - target|^2 / 3; 0 where the ray does not count
+    grad_pixel      [n_rays, 4]     in-out  from loss_and_gradient
+    grad_transient  [n_samples, 5]  out     [3:5]; composite_both_backward does the rest
     thread          one per ray, which owns its samples
     """
     for r in range(n_rays):
-        T, behind = 1.0, beta[r] - BETA_MIN
-        toll = strength / (ti.max(counter[1], 1) * ti.max(ray_span[2 * r + 1], 1))
-        for i in range(ray_span[2 * r], ray_span[2 * r] + ray_span[2 * r + 1]):
+        first, end = ray_span[2 * r], ray_span[2 * r] + ray_span[2 * r + 1]
+        T, behind = 1.0, 0.0
+        for i in range(first, end):
+            through = ti.exp(-transient[5 * i + 3] * sample[5 * i + 4])
+            behind += T * (1.0 - through) * transient[5 * i + 4]
+            T *= through
+        inverse = 1.0 / (BETA_MIN + behind)
+        for c in ti.static(range(4)):
+            grad_pixel[4 * r + c] = 1.5 * inverse * inverse * grad_pixel[4 * r + c]
+        n = ti.max(counter[1], 1)
+        grad_beta = 0.0
+        if loss[r] > 0.0:
+            grad_beta = (inverse - 3.0 * loss[r] * inverse * inverse * inverse) / n
+        toll = strength / (n * ti.max(end - first, 1))
+        T = 1.0
+        for i in range(first, end):
             through = ti.exp(-transient[5 * i + 3] * sample[5 * i + 4])
             w = T * (1.0 - through)
             T *= through
             behind -= w * transient[5 * i + 4]
-            grad_transient[5 * i + 4] = w * grad_beta[r]
-            gain = (T * transient[5 * i + 4] - behind) * grad_beta[r]
-            grad_transient[5 * i + 3] = grad_transient[5 * i + 3] + sample[5 * i + 4] * gain + toll
+            grad_transient[5 * i + 3] = sample[5 * i + 4] * (T * transient[5 * i + 4] - behind) * grad_beta + toll
+            grad_transient[5 * i + 4] = w * grad_beta
 
 
 # ---- Moving things (Park et al. 2021, "Nerfies"): each photograph is of a moment of its own, which has a code. A warp
@@ -2939,7 +2777,7 @@ def stumpff(s):
     """c_n = sum_k (-s)^k / (2 k + n)! for n = 1 ... 7 (entry n): with s = angle^2, c_1 = sin(angle) / angle,
     c_2 = (1 - cos(angle)) / angle^2, c_3 = (angle - sin(angle)) / angle^3, without their 0/0 and cancellation. Slopes:
     c_n' = (n c_{n+2} - c_{n+1}) / 2. Good to f32 up to a whole turn, s = (2 pi)^2; from s = 40 on they stay what they
-    are there, which is no rotation any more, but finite, and so do the slopes, which are not those of that."""
+    are there: next to no turn, finite, and so are the slopes, which are not those of that."""
     x = ti.min(s, 40.0)
     c = ti.Vector([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 1.0])
     for back in range(14):
@@ -2958,24 +2796,17 @@ def stumpff(s):
 
 @ti.func
 def slopes(c):
-    """c_n' of stumpff's c_n, for n = 1 ... 5."""
-    slope = ti.Vector([0.0, 0.0, 0.0, 0.0, 0.0, 0.0])
+    """c_n' of stumpff's c_n, for n = 1 ... 5; slopes of these: c_n'', for n = 1 ... 3."""
+    slope = ti.Vector([0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0])
     for n in ti.static(range(1, 6)):
         slope[n] = 0.5 * (n * c[n + 2] - c[n + 1])
     return slope
 
 
 @ti.func
-def slopes_of_slopes(slope):
-    """c_n'' for n = 1 ... 3."""
-    return ti.Vector([0.0, 0.5 * (slope[3] - slope[2]), 0.5 * (2.0 * slope[4] - slope[3]),
-                      0.5 * (3.0 * slope[5] - slope[4])])
-
-
-@ti.func
 def screw_motion(raw: ti.template(), i, seen: ti.template()):
-    """(r, v, x, y) of sample i: its screw axis (`raw` and `seen` are warp_forward's warp_raw and seen), its position x,
-    and where the motion takes it (section 3.2), both from the cube's middle: y = exp(r) x + G v, by Rodrigues' formula
+    """(r, v, x, c, y) of sample i: its screw axis (`raw` and `seen` are warp_forward's warp_raw and seen); its position
+    x and where the motion takes it (section 3.2), from the cube's middle: y = exp(r) x + G v, by Rodrigues' formula
 
         y = x + c_1 r x x + c_2 r x (r x x)  +  v + c_2 r x v + c_3 r x (r x v)          c_n: stumpff of s = r . r
     """
@@ -2983,7 +2814,7 @@ def screw_motion(raw: ti.template(), i, seen: ti.template()):
     x = vec3(seen[5 * i] - 0.5, seen[5 * i + 1] - 0.5, seen[5 * i + 2] - 0.5)
     c = stumpff(r.dot(r))
     p, u = r.cross(x), r.cross(v)
-    return r, v, x, x + c[1] * p + c[2] * r.cross(p) + v + c[2] * u + c[3] * r.cross(u)
+    return r, v, x, c, x + c[1] * p + c[2] * r.cross(p) + v + c[2] * u + c[3] * r.cross(u)
 
 
 @ti.kernel
@@ -2999,7 +2830,7 @@ def warp_forward(counter: i32buf, warp_raw: rows16, sample: f32buf, seen: f32buf
     for i in range(counter[0]):
         for c in ti.static(range(5)):
             seen[5 * i + c] = sample[5 * i + c]
-        r, v, x, y = screw_motion(warp_raw, i, seen)
+        r, v, x, coefficients, y = screw_motion(warp_raw, i, seen)
         for c in ti.static(range(3)):
             sample[5 * i + c] = ti.math.clamp(y[c] + 0.5, 0.0, 1.0)
 
@@ -3026,11 +2857,10 @@ def warp_backward(counter: i32buf, warp_raw: rows16, seen: f32buf, grad_position
     thread         one per sample
     """
     for i in range(counter[0]):
-        r, v, x, y = screw_motion(warp_raw, i, seen)
+        r, v, x, c, y = screw_motion(warp_raw, i, seen)
         g = vec3(0.0)
         for k in ti.static(range(3)):
             g[k] = ti.select(ti.abs(y[k]) <= 0.5, grad_position[3 * i + k], 0.0)
-        c = stumpff(r.dot(r))
         slope = slopes(c)
         grad_r, grad_x, g_1, g_2 = turn_backward(r, x, c[1], c[2], g)
         grad_r_v, grad_v, g_2_v, g_3 = turn_backward(r, v, c[2], c[3], g)
@@ -3047,7 +2877,7 @@ def hash_position_backward(n_levels: ti.i32, counter: i32buf, level: i32buf, sam
     """Gradient of hash_encode_forward in the position:
 
         grad_position_c = sum over levels l, corners v  d w_v / d x_c  table[slot_l(v)] . grad_feature[i][F l:F (l + 1)]
-        d w_v / d x_c   = +-resolution prod_{b != c} (weight along axis b)      + on the upper side of the cell
+        d w_v / d x_c   = resolution (w_v with fraction_c = 1 - w_v with fraction_c = 0)         w_v is linear in each
 
     counter, level, sample, table          in    as in hash_encode_forward
     grad_feature   [n_samples] rows of 64  in
@@ -3058,18 +2888,14 @@ def hash_position_backward(n_levels: ti.i32, counter: i32buf, level: i32buf, sam
         grad = vec3(0.0)
         for l in range(n_levels):
             cell, fraction = locate(i, sample, level[4 * l])
-            slots = corner_slots(l, level, cell)
+            slots, value = corner_slots(l, level, cell), vec8(0.0)
             for corner in ti.static(range(8)):
-                value = 0.0
-                slot = ti.cast(slots[corner], ti.i32)
                 for c in ti.static(range(N_FEATURES)):
-                    value += table[slot][c] * grad_feature[i][N_FEATURES * l + c]
-                for c in ti.static(range(3)):
-                    slope = ti.cast(level[4 * l], ti.f32) * (1.0 if corner >> c & 1 else -1.0)
-                    for b in ti.static(range(3)):
-                        if ti.static(b != c):
-                            slope *= fraction[b] if corner >> b & 1 else 1.0 - fraction[b]
-                    grad[c] += slope * value
+                    value[corner] += table[ti.cast(slots[corner], ti.i32)][c] * grad_feature[i][N_FEATURES * l + c]
+            for c in ti.static(range(3)):
+                low, high = fraction, fraction
+                low[c], high[c] = 0.0, 1.0
+                grad[c] += level[4 * l] * value.dot(corner_weights(high) - corner_weights(low))
         for c in ti.static(range(3)):
             grad_position[3 * i + c] = grad[c]
 
@@ -3198,13 +3024,12 @@ def mlp_tangent_forward(n_in: ti.i32, n_hidden: ti.i32, capacity: ti.i32, counte
 
 
 @ti.func
-def eigen(xx, yy, zz, xy, xz, yz):
+def eigen(A):
     """Eigenvalues of a symmetric 3x3 matrix, and its eigenvectors as a matrix's columns, by Jacobi's rotations."""
-    A = ti.Matrix([[xx, xy, xz], [xy, yy, yz], [xz, yz, zz]])
     V = ti.Matrix([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
     for sweep in range(5):
         for a, b in ti.static(((0, 1), (0, 2), (1, 2))):
-            if ti.abs(A[a, b]) > 1e-20:
+            if ti.abs(A[a, b]) > 1e-9 * (ti.abs(A[a, a]) + ti.abs(A[b, b])):      # less is rounding, and half^2 inf
                 half = 0.5 * (A[b, b] - A[a, a]) / A[a, b]
                 tan = ti.select(half >= 0.0, 1.0, -1.0) / (ti.abs(half) + ti.sqrt(half * half + 1.0))
                 cos = 1.0 / ti.sqrt(tan * tan + 1.0)
@@ -3263,10 +3088,9 @@ def elastic_loss(strength: ti.f32, counter: i32buf, sample: f32buf, warp_raw: ro
     thread            one per three samples
     """
     for j in range(counter[0] // 3):
-        r, v, x, y = screw_motion(warp_raw, 3 * j, sample)
-        c = stumpff(r.dot(r))
+        r, v, x, c, y = screw_motion(warp_raw, 3 * j, sample)
         slope = slopes(c)
-        curve = slopes_of_slopes(slope)
+        curve = slopes(slope)
         J = ti.Matrix([[0.0, 0.0, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
         for k in ti.static(range(3)):
             i = 3 * j + k
@@ -3281,8 +3105,7 @@ def elastic_loss(strength: ti.f32, counter: i32buf, sample: f32buf, warp_raw: ro
             for b in ti.static(range(3)):
                 J[b, k] = dy[b]
 
-        M = J.transpose() @ J
-        values, V = eigen(M[0, 0], M[1, 1], M[2, 2], M[0, 1], M[0, 2], M[1, 2])
+        values, V = eigen(J.transpose() @ J)
         e2 = 0.0
         D = ti.Matrix([[0.0, 0.0, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
         for m in ti.static(range(3)):

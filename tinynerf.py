@@ -599,7 +599,6 @@ class Model:
         self.moment = self.new(k.rowF, 2 * self.n_rows)          # Adam's m, v
         self.partial = self.new(k.rowF, -(-n // settings["chunk"]) * self.pitch)
         self.loss = self.new(f32, n_rays)
-        self.distortion = self.new(f32, 3 * n_rays)
         self.grad_pixel = self.new(f32, 4 * n_rays)
         self.grad_color_input = self.new(k.row64, n)
         self.grad_color_hidden = self.new(k.row64, self.color.n_hidden * n)
@@ -741,7 +740,7 @@ def shade(m, first_code):
     k.color_input_forward(m.n_code, first_code, counter, m.geometry, m.sample_ray, m.ray, m.ray_code, m.params,
                           m.color_input)
     mlp_forward(m, m.color, counter, m.color_input, m.color_hidden, m.color_raw)
-    k.color_head_forward(counter, m.color_raw, m.rgb_sigma)
+    k.color_head_forward(0.0, counter, m.color_raw, m.rgb_sigma)
 
 
 def backward(m, n_rays):
@@ -767,14 +766,13 @@ def field_backward(m):
 def spread_backward(m, n_rays, counter, span, sample):
     """The distortion loss of unbounded scenes, into grad_rgb_sigma."""
     if m.space.unbounded:
-        k.distortion_forward(n_rays, span, sample, m.rgb_sigma, m.distortion)
-        k.distortion_backward(n_rays, m.settings.get("distortion", DISTORTION), counter, span, sample, m.rgb_sigma,
-                              m.distortion, m.grad_rgb_sigma)
+        k.distortion_loss(n_rays, m.settings.get("distortion", DISTORTION), counter, span, sample, m.rgb_sigma,
+                          m.grad_rgb_sigma)
 
 
 def color_backward(m, first_code):
     """The part of backward() that ends in the views' codes: from grad_rgb_sigma to grad_color_input."""
-    k.color_head_backward(m.counter, m.rgb_sigma, m.grad_rgb_sigma, m.grad_color_raw)
+    k.color_head_backward(0.0, m.counter, m.rgb_sigma, m.grad_rgb_sigma, m.grad_color_raw)
     mlp_backward(m, m.color, m.density.first, m.counter, m.color_input, m.color_hidden, m.grad_color_raw,
                  m.grad_color_hidden, m.grad_color_input)
     if m.n_code:
@@ -853,10 +851,10 @@ def compare(m, n_rays, views, seed, step, first_code):
     compare_pixels(m, n_rays, views, seed, step, m.march_counter)
 
 
-def compare_pixels(m, n_rays, views, seed, step, counter):
-    """Loss of the pixels of a training step, and its gradient in their colors."""
+def compare_pixels(m, n_rays, views, seed, step, counter, share=1.0):
+    """Loss of the pixels of a training step, which counts by a share, and its gradient in their colors."""
     random_background = int(m.space.unbounded or views.alpha == "background")
-    k.loss_and_gradient(n_rays, random_background, int(views.alpha == "mask"), seed, step, counter, m.ray_pixel,
+    k.loss_and_gradient(n_rays, share, random_background, int(views.alpha == "mask"), seed, step, counter, m.ray_pixel,
                         views.pixels, m.ray_step, m.pixel, m.loss, m.grad_pixel, m.bad_step)
 
 
@@ -1056,9 +1054,7 @@ class MipNeRF360(MipNeRF):
             density_hidden=self.new(k.row64, n), geometry=self.new(k.row16, n), rgb_sigma=self.new(f32, 4 * n))
         if training:
             self.proposal.grad_color_input = self.new(k.row64, n)            # 0: it has no color
-            self.fine_weight, self.bound, self.grad_weight = (self.new(f32, n) for _ in range(3))
-            self.interlevel = self.new(f32, self.settings["rays"])
-            self.distortion = self.new(f32, 3 * self.settings["rays"])
+            self.fine_weight, self.grad_weight = self.new(f32, n), self.new(f32, n)
 
     def new_nets(self):
         """The proposal network, of 4 layers, the last of them the density MLP's, and the other one."""
@@ -1073,14 +1069,13 @@ class WildModel(Model):
 
     def __init__(self, settings, space, n_photos=0, n_levels=N_LEVELS, training=True, dry=False):
         super().__init__(settings, space, n_photos, n_levels, training, dry)
-        n, n_rays = settings["march"], settings["rays"]
+        n = settings["march"]
         self.first_transient = self.first_code + self.n_codes    # code: a second one for each photograph
         if training:
             self.transient_input, self.transient_hidden = self.new(k.row64, n), self.new(k.row64, 2 * n)
             self.transient_raw, self.transient = self.new(k.row16, n), self.new(ti.f32, 5 * n)
             self.grad_transient_input, self.grad_transient_hidden = self.new(k.row64, n), self.new(k.row64, 2 * n)
             self.grad_transient_raw, self.grad_transient = self.new(k.row16, n), self.new(ti.f32, 5 * n)
-            self.beta, self.grad_beta = self.new(ti.f32, n_rays), self.new(ti.f32, n_rays)
 
 
 class Nerfies(Model):
@@ -1168,38 +1163,40 @@ def sample_rays(m, n_rays, at, size, camera, jitter, seed, step):
                                 m.coarse.span, m.coarse.sample, weight, at.span, m.ray_step, at.sample, at.sample_ray)
 
 
-def deep_forward(m, at, of, camera):
+def deep_forward(m, at, of, size, camera):
     """Samples to densities, in the buffers `of` the model or of its proposals."""
-    net, counter, capacity, family = at.net, at.counter, m.settings["march"], MODELS[m.name]
-    cones = (at.sample_ray, m.ray, m.ray_view, camera) if family.cones else ()
-    space = (m.space.unbounded,) if m.endless else ()
-    getattr(k, family.encoding + "_forward")(*space, counter, *cones, at.sample, of.feature)
+    net, counter, capacity = at.net, at.counter, m.settings["march"]
+    if MODELS[m.name].cones:
+        k.integrated_encode_forward(m.space.unbounded, counter, at.sample_ray, m.ray, m.ray_view, size, camera,
+                                    at.sample, of.feature)
+    else:
+        k.frequency_encode_forward(counter, at.sample, of.feature)
     h = of.hidden[0]                                 # of which the first layer takes nothing
     for layer, y in zip(net.layers, of.hidden):
         k.layer_forward(layer.n_x, layer.n_h, layer.n_out, layer.row, capacity, counter, of.feature, h, net.weight, y)
         h = y
     mlp_forward(m, net.density, counter, h, of.density_hidden, of.geometry)
-    getattr(k, family.density + "_forward")(counter, of.geometry, of.rgb_sigma)
+    k.density_softplus_forward(counter, of.geometry, of.rgb_sigma)
 
 
-def sampled_forward(m, n_rays, at, camera):
+def sampled_forward(m, n_rays, at, size, camera):
     """Samples to pixels; those of proposals, which have no color, to densities alone."""
     color, counter = at.net.color, at.counter
-    deep_forward(m, at, m if color else m.proposal, camera)
+    deep_forward(m, at, m if color else m.proposal, size, camera)
     if not color:
         return
     k.direction_input_forward(counter, m.geometry, at.sample_ray, m.ray, m.color_input)
     mlp_forward(m, color, counter, m.color_input, m.color_hidden, m.color_raw)
-    getattr(k, MODELS[m.name].color + "_forward")(counter, m.color_raw, m.rgb_sigma)
+    k.color_head_forward(MODELS[m.name].margin, counter, m.color_raw, m.rgb_sigma)
     k.composite_forward(n_rays, at.span, at.sample, m.rgb_sigma, m.pixel, m.depth)
 
 
 def sampled_backward(m, n_rays, at):
     """Mirror of sampled_forward(): from grad_pixel to grad_params."""
-    net, counter, family = at.net, at.counter, MODELS[m.name]
+    net, counter = at.net, at.counter
     k.composite_backward(n_rays, at.span, at.sample, m.rgb_sigma, m.pixel, m.grad_pixel, m.grad_rgb_sigma)
     spread_backward(m, n_rays, counter, at.span, at.sample)
-    getattr(k, family.color + "_backward")(counter, m.rgb_sigma, m.grad_rgb_sigma, m.grad_color_raw)
+    k.color_head_backward(MODELS[m.name].margin, counter, m.rgb_sigma, m.grad_rgb_sigma, m.grad_color_raw)
     mlp_backward(m, net.color, net.first, counter, m.color_input, m.color_hidden, m.grad_color_raw,
                  m.grad_color_hidden, m.grad_color_input)
     deep_backward(m, at, m)
@@ -1207,10 +1204,9 @@ def sampled_backward(m, n_rays, at):
 
 def deep_backward(m, at, of):
     """Mirror of deep_forward(): from grad_rgb_sigma and grad_color_input to grad_params."""
-    net, counter, capacity, family = at.net, at.counter, m.settings["march"], MODELS[m.name]
+    net, counter, capacity = at.net, at.counter, m.settings["march"]
     last = len(net.layers) - 1
-    getattr(k, family.density + "_backward")(counter, of.rgb_sigma, m.grad_rgb_sigma, of.grad_color_input,
-                                             m.grad_geometry)
+    k.density_softplus_backward(counter, of.rgb_sigma, m.grad_rgb_sigma, of.grad_color_input, m.grad_geometry)
     mlp_backward(m, net.density, net.first, counter, of.hidden[last], of.density_hidden,
                  m.grad_geometry, m.grad_density_hidden, m.grad_hidden[last])
     k.relu_backward(counter, of.hidden[last], m.grad_hidden[last])
@@ -1230,10 +1226,8 @@ def sampled_step(m, n_rays, views, seed, step, learning_rate):
     pick(m, n_rays, views, seed)
     for at in (m.coarse, m.fine):
         sample_rays(m, n_rays, at, views.size, views.camera, 1, seed, step)
-        sampled_forward(m, n_rays, at, views.camera)
-        compare_pixels(m, n_rays, views, seed, step, at.counter)
-        if at is m.coarse and MODELS[m.name].coarse_loss != 1.0:
-            k.weigh_loss(n_rays, MODELS[m.name].coarse_loss, m.grad_pixel)
+        sampled_forward(m, n_rays, at, views.size, views.camera)
+        compare_pixels(m, n_rays, views, seed, step, at.counter, MODELS[m.name].coarse_loss if at is m.coarse else 1.0)
         sampled_backward(m, n_rays, at)
     adam(m, step + 1, learning_rate)
 
@@ -1242,7 +1236,7 @@ def draw_sampled_rays(m, n_rays):
     """draw_rays() of the models that sample."""
     for at in (m.coarse, m.fine):
         sample_rays(m, n_rays, at, m.view_size, m.view_camera, 0, 0, 0)
-        sampled_forward(m, n_rays, at, m.view_camera)
+        sampled_forward(m, n_rays, at, m.view_size, m.view_camera)
 
 
 def weigh(m, n_rays):
@@ -1262,38 +1256,34 @@ def proposed_step(m, n_rays, views, seed, step, learning_rate):
     pick(m, n_rays, views, seed)
     for at in (coarse, fine):
         sample_rays(m, n_rays, at, views.size, views.camera, 1, seed, step)
-        sampled_forward(m, n_rays, at, views.camera)
+        sampled_forward(m, n_rays, at, views.size, views.camera)
     compare_pixels(m, n_rays, views, seed, step, fine.counter)
     sampled_backward(m, n_rays, fine)
     k.weigh_samples(n_rays, 0.0, fine.span, fine.sample, m.rgb_sigma, m.fine_weight)
-    k.interlevel_forward(n_rays, coarse.span, coarse.sample, m.weight, fine.span, fine.sample, m.fine_weight, m.bound,
-                         m.interlevel)
-    k.interlevel_backward(n_rays, coarse.counter, coarse.span, coarse.sample, fine.span, fine.sample, m.fine_weight,
-                          m.bound, m.grad_weight)
+    k.interlevel_loss(n_rays, coarse.counter, coarse.span, coarse.sample, m.weight, fine.span, fine.sample,
+                      m.fine_weight, m.grad_weight)
     k.weigh_samples_backward(n_rays, coarse.span, coarse.sample, m.proposal.rgb_sigma, m.grad_weight, m.grad_rgb_sigma)
     deep_backward(m, coarse, m.proposal)
     adam(m, step + 1, learning_rate)
 
 
 def transient_forward(m, n_rays):
-    """After forward(): pixels again, with the transient part, and their uncertainty."""
+    """After forward(): pixels again, with the transient part."""
     counter = m.counter
     k.color_input_forward(m.n_code, m.first_transient, counter, m.geometry, m.sample_ray, m.ray, m.ray_view, m.params,
                           m.transient_input)
     mlp_forward(m, m.transient_net, counter, m.transient_input, m.transient_hidden, m.transient_raw)
     k.transient_head_forward(counter, m.transient_raw, m.transient)
     k.composite_both_forward(n_rays, m.ray_span, m.sample, m.rgb_sigma, m.transient, m.pixel)
-    k.uncertainty_forward(n_rays, m.ray_span, m.sample, m.transient, m.beta)
 
 
 def transient_backward(m, n_rays):
-    """Mirror of transient_forward() in place of backward(): from grad_pixel and grad_beta to grad_params."""
+    """Mirror of transient_forward() in place of backward(): from grad_pixel, and what uncertainty_loss has put into
+    grad_transient, to grad_params."""
     net, counter = m.transient_net, m.counter
     k.composite_both_backward(n_rays, m.ray_span, m.sample, m.rgb_sigma, m.transient, m.pixel, m.grad_pixel,
                               m.grad_rgb_sigma, m.grad_transient)
     spread_backward(m, n_rays, m.march_counter, m.ray_span, m.sample)
-    k.uncertainty_backward(n_rays, TRANSIENT, m.march_counter, m.ray_span, m.sample, m.transient, m.beta, m.grad_beta,
-                           m.grad_transient)
     k.transient_head_backward(counter, m.transient, m.grad_transient, m.grad_transient_raw)
     mlp_backward(m, net, m.density.first, counter, m.transient_input, m.transient_hidden,
                  m.grad_transient_raw, m.grad_transient_hidden, m.grad_transient_input)
@@ -1310,7 +1300,8 @@ def wild_step(m, n_rays, views, seed, step, learning_rate):
     k.mark_lit_cells(n_rays, m.settings["grid"], step, m.march_span, m.march_sample, m.march_sigma, m.lit_step)
     transient_forward(m, n_rays)
     compare_pixels(m, n_rays, views, seed, step, m.march_counter)
-    k.weigh_by_uncertainty(n_rays, m.march_counter, m.loss, m.beta, m.grad_pixel, m.grad_beta)
+    k.uncertainty_loss(n_rays, TRANSIENT, m.march_counter, m.ray_span, m.sample, m.transient, m.loss, m.grad_pixel,
+                       m.grad_transient)
     transient_backward(m, n_rays)
     adam(m, step + 1, learning_rate)
 
@@ -1421,31 +1412,29 @@ def moments(m, n):
 # What a model is made of: its class; a training step, and the pixels of a picture, as lists of launches; the first and
 # last learning rate, if not those above; what differs in MACHINES; what its file says otherwise than MODEL_INFO has it.
 # Models that sample: number of networks; whether fine samples are added to coarse ones; where in its part of the ray a
-# sample lies; the encoding, and whether it is one of cones; the heads; what the loss of coarse pixels counts. Of their
-# settings, coarse and fine are samples per ray, blocks of 64 neurons a layer's width, proposal that of the proposal
-# network, distortion the strength of that loss in unbounded scenes.
-SAMPLED = dict(step=sampled_step, draw=draw_sampled_rays, rates=(5e-3, 5e-4), density="density_softplus",
+# sample lies; whether it is one of a cone; by how much colors reach beyond [0, 1] (mip-NeRF's do, so that black and
+# white are within reach); what the loss of coarse pixels counts. Of their settings, coarse and fine are samples a ray,
+# blocks of 64 neurons a layer's width, proposal that of the proposal network, distortion the strength of that loss in
+# unbounded scenes.
+HASHED = dict(draw=draw_rays, rates=None, settings={}, info={})
+SAMPLED = dict(step=sampled_step, draw=draw_sampled_rays, rates=(5e-3, 5e-4), coarse_loss=1.0,
                info=dict(settings=dict(coarse=(1, 1024), fine=(1, 1024), blocks=(1, 4))))
 SAMPLED_CPU = dict(march=2**15, batch=2**13, frames=12, blocks=1)
 SAMPLED_GPU = dict(march=2**18, batch=2**17, blocks=4)
 MODELS = {name: types.SimpleNamespace(**parts) for name, parts in dict(
-    ngp=dict(make=Model, step=train_step, draw=draw_rays, rates=None, settings=dict(cpu={}, gpu={}), info={}),
-    nerf=dict(SAMPLED, make=NeRF, n_nets=2, merge=1, middle=0.0, encoding="frequency_encode", cones=False,
-              color="color_head", coarse_loss=1.0, settings=dict(cpu=dict(SAMPLED_CPU, coarse=24, fine=24),
-                                                                 gpu=dict(SAMPLED_GPU, coarse=64, fine=128))),
-    mipnerf=dict(SAMPLED, make=MipNeRF, n_nets=1, merge=0, middle=0.5, encoding="integrated_encode", cones=True,
-                 color="color_wide", coarse_loss=0.1, settings=dict(cpu=dict(SAMPLED_CPU, coarse=32, fine=32),
-                                                                    gpu=dict(SAMPLED_GPU, coarse=128, fine=128))),
-    mipnerf360=dict(SAMPLED, make=MipNeRF360, step=proposed_step, n_nets=1, merge=0, middle=0.5,
-                    encoding="contracted_encode", cones=True, color="color_wide",
+    ngp=dict(HASHED, make=Model, step=train_step),
+    nerf=dict(SAMPLED, make=NeRF, n_nets=2, merge=1, middle=0.0, cones=False, margin=0.0,
+              settings=dict(cpu=dict(SAMPLED_CPU, coarse=24, fine=24), gpu=dict(SAMPLED_GPU, coarse=64, fine=128))),
+    mipnerf=dict(SAMPLED, make=MipNeRF, n_nets=1, merge=0, middle=0.5, cones=True, margin=0.001, coarse_loss=0.1,
+                 settings=dict(cpu=dict(SAMPLED_CPU, coarse=32, fine=32), gpu=dict(SAMPLED_GPU, coarse=128, fine=128))),
+    mipnerf360=dict(SAMPLED, make=MipNeRF360, step=proposed_step, n_nets=1, merge=0, middle=0.5, cones=True,
+                    margin=0.001,
                     info=dict(settings=dict(coarse=(1, 1024), fine=(1, 1024), blocks=(1, 16), proposal=(1, 4))),
                     settings=dict(cpu=dict(SAMPLED_CPU, batch=2**11, coarse=24, fine=12, proposal=1, distortion=0.001),
                                   gpu=dict(SAMPLED_GPU, coarse=64, fine=32, proposal=4, distortion=0.001))),
-    nerfw=dict(make=WildModel, step=wild_step, draw=draw_rays, rates=None, settings=dict(cpu={}, gpu={}), info={}),
-    nerfies=dict(make=Nerfies, step=moving_step, draw=draw_rays, rates=None, settings=dict(cpu={}, gpu={}),
-                 info=dict(n_photos=(1, 2**20))),
-    hypernerf=dict(make=HyperNeRF, step=moving_step, draw=draw_rays, rates=None, settings=dict(cpu={}, gpu={}),
-                   info=dict(n_photos=(1, 2**20))),
+    nerfw=dict(HASHED, make=WildModel, step=wild_step),
+    nerfies=dict(HASHED, make=Nerfies, step=moving_step, info=dict(n_photos=(1, 2**20))),
+    hypernerf=dict(HASHED, make=HyperNeRF, step=moving_step, info=dict(n_photos=(1, 2**20))),
 ).items()}
 
 
@@ -2121,8 +2110,8 @@ def start_taichi(arch):
 
 @contextlib.contextmanager
 def pinned_threads():
-    """Threads that are started meanwhile are dealt out to the cores, for good, where that can be done (Linux): Taichi's,
-    one a core, wake up for each kernel, and left alone, at times for seconds, all do so on one core."""
+    """Threads that are started meanwhile are dealt out to the cores, for good, where that can be done (Linux). Taichi's
+    wake up for each kernel, and left alone, at times for seconds, all do so on one core."""
     def threads():
         return set(map(int, os.listdir("/proc/self/task"))) if os.path.isdir("/proc/self/task") else set()
     before = threads()
@@ -2773,14 +2762,13 @@ def step_work(m, rays, marched, probed, kept, touched):
         clear_gradients=dict(copy=4 * k.N_FEATURES * touched), load_weights=dict(copy=12 * m.n_weights),
         **mlp_work([(net, kept, kept) for net in m.mlps]))
     if m.space.unbounded:
-        work.update(contract_samples=dict(copy=24 * marched), distortion_forward=dict(copy=20 * rays + 12 * kept),
-                    distortion_backward=dict(copy=20 * rays + 20 * kept))
+        work.update(contract_samples=dict(copy=24 * marched), distortion_loss=dict(copy=8 * rays + 20 * kept))
     if m.name == "nerfw":
         del work["composite_backward"]
         work.update(transient_head_forward=dict(copy=84 * kept), transient_head_backward=dict(copy=104 * kept),
                     composite_both_forward=dict(copy=24 * rays + 40 * kept),
-                    composite_both_backward=dict(copy=40 * rays + 76 * kept), uncertainty_forward=dict(copy=12 * kept),
-                    uncertainty_backward=dict(copy=16 * rays + 28 * kept), weigh_by_uncertainty=dict(copy=44 * rays),
+                    composite_both_backward=dict(copy=40 * rays + 72 * kept),
+                    uncertainty_loss=dict(copy=44 * rays + 20 * kept),
                     transient_input_backward=dict(copy=192 * kept))
     if m.n_code:
         work.update(code_backward=dict(copy=4 * (1 + m.n_code) * kept))
@@ -2805,7 +2793,7 @@ def step_work(m, rays, marched, probed, kept, touched):
 
 def sampled_work(m, rays, coarse, fine):
     """step_work() of the models that sample."""
-    n, family, proposed, chunk = coarse + fine, MODELS[m.name], m.nets[0].color is None, m.settings["chunk"]
+    n, cones, proposed, chunk = coarse + fine, MODELS[m.name].cones, m.nets[0].color is None, m.settings["chunk"]
     levels, twice = ((m.nets[0], coarse), (m.nets[-1], fine)), 2 * rays
     shaded, seen = (fine, rays) if proposed else (n, twice)                  # samples and rays that have color
     layers = [(layer.n_x, k.WIDTH * layer.n_h, k.WIDTH * layer.n_out, samples)
@@ -2819,11 +2807,11 @@ def sampled_work(m, rays, coarse, fine):
         claim_spans=dict(copy=12 * twice), sample_even=dict(copy=20 * twice + 24 * coarse),
         weigh_samples=dict(copy=4 * twice + 12 * coarse),
         sample_where_light_is=dict(copy=24 * twice + 24 * coarse + 24 * fine),
-        **{family.encoding + "_forward": dict(copy=4 * (3 + k.WIDTH) * n)},
+        **{f"{'integrated' if cones else 'frequency'}_encode_forward": dict(copy=4 * (3 + k.WIDTH) * n)},
         layer_forward=dict(product=product, copy=through),
         direction_input_forward=dict(copy=4 * (17 + m.nets[-1].color.n_in) * shaded),
-        **{family.density + "_forward": dict(copy=8 * n), family.density + "_backward": dict(copy=136 * n)},
-        **{family.color + "_forward": dict(copy=24 * shaded), family.color + "_backward": dict(copy=36 * shaded)},
+        density_softplus_forward=dict(copy=8 * n), density_softplus_backward=dict(copy=136 * n),
+        color_head_forward=dict(copy=24 * shaded), color_head_backward=dict(copy=36 * shaded),
         composite_forward=dict(copy=48 * seen + 24 * shaded), loss_and_gradient=dict(copy=48 * seen),
         composite_backward=dict(copy=40 * seen + 36 * shaded), relu_backward=dict(copy=12 * k.WIDTH * n),
         layer_backward_input=dict(product=sum(2 * n_h * n_out * samples for _, n_h, n_out, samples in layers),
@@ -2834,18 +2822,14 @@ def sampled_work(m, rays, coarse, fine):
         adam_step=dict(copy=24 * k.N_FEATURES * m.n_rows), clear_gradients=dict(copy=4 * k.N_FEATURES * m.n_rows),
         load_weights=dict(copy=12 * n_mlps),
         load_layer=dict(copy=12 * (k.N_FEATURES * m.n_rows - n_mlps)))
-    if family.cones:
+    if cones:
         work.update(widen_weights=dict(copy=4 * twice + 8 * coarse))
     if proposed:
         work.update(weigh_samples=dict(copy=8 * twice + 12 * n),
                     weigh_samples_backward=dict(copy=8 * rays + 36 * coarse),
-                    interlevel_forward=dict(copy=20 * rays + 12 * coarse + 16 * fine),
-                    interlevel_backward=dict(copy=16 * rays + 12 * coarse + 16 * fine))
-    elif family.coarse_loss != 1.0:
-        work.update(weigh_loss=dict(copy=16 * twice))
+                    interlevel_loss=dict(copy=16 * rays + 16 * coarse + 12 * fine))
     if m.space.unbounded:
-        work.update(distortion_forward=dict(copy=20 * rays + 12 * fine),
-                    distortion_backward=dict(copy=20 * rays + 20 * fine))
+        work.update(distortion_loss=dict(copy=8 * rays + 20 * fine))
     return work
 
 
