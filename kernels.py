@@ -20,9 +20,9 @@ Rules that hold for the whole file:
   7. Indices are i32: n_levels * samples, the pixels of all views, 4 * slots of the table, 8 * rays, `first` + n and, in
      crop_views, cells * views stay below 2^31.
   8. It reads as Python: x & 1 == 1 is (x & 1) == 1, and a <= x < b both. Literals with a point are f32; // and % meet
-     no negative numbers. Where i32 and f32 meet, the i32 is converted first; / is always f32. A number meets each component of a
-     vector. Compilers may contract products and sums, and reorder sums. u32 is modulo 2^32; counter[2] and counter[3],
-     which wrap around, too.
+     no negative numbers. Where i32 and f32 meet, the i32 is converted first; / is always f32. A number meets each
+     component of a vector. Compilers may contract products and sums, and reorder sums. u32 is modulo 2^32; counter[2]
+     and counter[3], which wrap around, too.
 Part II, at the end, holds stages of other models than instant-ngp; a reader may stop before it.
 Nothing here uses autodiff, 64-bit or 16-bit types, shared memory, subgroups, recursion or captured state.
 
@@ -1718,7 +1718,7 @@ def loss_and_gradient(n_rays: ti.i32, share: ti.f32, random_background: ti.i32, 
 def adam_step(n: ti.i32, first: ti.i32, learning_rate: ti.f32, beta_1: ti.f32, beta_2: ti.f32, epsilon: ti.f32,
               params: rowsF, grad: rowsF, moment: rowsF):
     """Adam (Kingma and Ba 2015), on n rows from `first` on, for the entries that have a gradient; the others, most of a
-    hash table, are left alone, moments included.
+    hash table, are left alone, moments included (instant-ngp does so in the table; here weights are no exception).
 
         m = beta_1 m + (1 - beta_1) g      v = beta_2 v + (1 - beta_2) g^2
         params -= learning_rate m / (sqrt(v) + epsilon)
@@ -1985,8 +1985,8 @@ AMBIENT_FREQUENCIES = 1                  # L of HyperNeRF's ambient coordinates
 
 # ---- Sampling rays from end to end (NeRF, sections 4 and 5.2): no grid says where something may be. The coarse samples
 # are spread evenly, the fine ones are drawn where the coarse ones found something. Each sample stands for the part of
-# its ray from where it begins to where the next one does; the last one's ends where the ray ends. A sample lies at
-# `middle` of its part: 0 is its begin (NeRF), 1/2 its middle (mip-NeRF). No gradient goes to where samples lie.
+# its ray from where it begins to where the next one does; the last one's ends where the ray does (NeRF's never ends). A
+# sample lies at `middle` of its part: 0 is its begin (NeRF), 1/2 its middle (mip-NeRF). No gradient goes to places.
 
 @ti.kernel
 def count_even(n_rays: ti.i32, n: ti.i32, ray: f32buf, ray_span: i32buf):
@@ -3076,7 +3076,8 @@ def elastic_loss(strength: ti.f32, counter: i32buf, sample: f32buf, warp_raw: ro
         rho(e) = 2 (e / c)^2 / ((e / c)^2 + 4), c = ELASTIC_SCALE         (Geman and McClure: what tears, may)
         d e^2 / d J = J V diag(log lambda / lambda) V^T                   V the eigenvectors; no gradient to the weight
 
-    lambda is at least 1e-6 here. Where J is next to rigid or to singular, gradients lose three digits in f32.
+    lambda is at least 1e-6 here. L is the paper's; its authors' program has c^2 times that. Where J is next to rigid or
+    to singular, gradients lose three digits in f32.
     counter           [4]                     in    [0] = number of samples, three for each j, which are one point
     sample            [n_samples, 5]          in
     warp_raw          [n_samples] rows of 16  in

@@ -504,8 +504,8 @@ def over_white(rgba):
 def level_layout(settings, n_levels=N_LEVELS):
     """[n_levels, 4] i32 for the hash kernels: resolution, first slot, number of slots, 1 if hashed.
 
-    Resolutions grow geometrically (instant-ngp, equation 3); n_levels < N_LEVELS leaves out the finest. A level whose
-    (resolution + 1)^3 vertices fit into `table` slots is dense. The others are hashed into SURFACE_SLOTS resolution^2
+    Resolutions grow geometrically (instant-ngp, equation 3), rounded; n_levels < N_LEVELS leaves out the finest. A level
+    whose (resolution + 1)^3 vertices fit into `table` slots is dense. The others are hashed into SURFACE_SLOTS resolution^2
     slots, to the next power of two, or into `table` if that is less: what is next to surfaces grows with resolution^2.
     """
     coarsest, table_slots, rows, first = settings["coarsest"], settings["table"], [], 0
@@ -531,7 +531,7 @@ class Model:
     endless = True                                   # and whether they may be anywhere in space
     KEPT = ("params", "occupancy", "moment", "density_grid", "lit_step")     # what later steps depend on,
     DRAWN = ("params", "occupancy")                                          # and those that a picture needs
-    nets, more_mlps = (), {}                         # deep networks, see SampledModel; MLPs of the family's models
+    nets, more_mlps = (), {}                         # deep networks, see NeRF; MLPs of the family's models
     coded, code_sets, moves = ("color",), 1, False   # MLPs that get photographs' codes, how many each; see Nerfies
     decay, progress = None, 0.0                      # if it is another than DECAY; how far training is, 0..1
     rate_shares = ()                                 # (n, first, share) of all rows of params, where rates differ
@@ -564,7 +564,7 @@ class Model:
         self.mlps, first = [], self.n_slots * k.N_FEATURES
         for name, mlp in mlps.items():
             setattr(self, name, self.new_mlp(first, *mlp))
-            first += k.WIDTH * count_rows(*mlp)
+            first += k.WIDTH * self.mlps[-1].n_rows
 
         self.ray_pixel = self.new(i32, n_rays)                   # index of the pixel
         self.ray_view = self.new(i32, n_rays)                    # and its view
@@ -635,9 +635,9 @@ class Model:
 
     def new_mlp(self, first, n_in, n_hidden, n_out):
         """Sizes and rows of an MLP whose weights are the numbers of `params` from `first` on."""
+        n_rows = count_rows(n_in, n_hidden, n_out)
         self.mlps.append(types.SimpleNamespace(
-            n_in=n_in, n_hidden=n_hidden, n_out=n_out, first=first,
-            weight=self.new(k.row64, count_rows(n_in, n_hidden, n_out)),
+            n_in=n_in, n_hidden=n_hidden, n_out=n_out, n_rows=n_rows, first=first, weight=self.new(k.row64, n_rows),
             weight_t=self.new(k.row64, k.WIDTH * n_hidden + k.OUTPUT), weight_out=self.new(k.row16, k.WIDTH)))
         return self.mlps[-1]
 
@@ -950,11 +950,11 @@ def replay(launch, m, *arguments):
 
 # ---- The family: other models, of the stages in Part II of kernels.py -----------------------------------------------
 
-class SampledModel(Model):
-    """Buffers of a model that samples its rays from end to end, at first coarsely, then where that found something; its
-    networks are deep, and there is neither hash grid nor occupancy grid. n = march, the most samples of either kind."""
-
-    marches, endless, KEPT, DRAWN = False, False, ("params", "moment"), ("params",)
+class NeRF(Model):
+    """Mildenhall et al. 2020: rays are sampled from end to end, at first coarsely, then where that found something; two
+    networks, deep ones, of which the second sees the samples of both lots. There is neither hash grid nor occupancy
+    grid. n = march, the most samples of either lot."""
+    name, marches, endless, KEPT, DRAWN = "nerf", False, False, ("params", "moment"), ("params",)
 
     def __init__(self, settings, space, n_photos=0, n_levels=N_LEVELS, training=True, dry=False):
         n = settings["march"]
@@ -1010,10 +1010,10 @@ class SampledModel(Model):
             param += k.WIDTH * n_out * (n_x + k.WIDTH * n_h)
             row, row_t = row + n_out * (n_x + k.WIDTH * n_h), row_t + n_out * n_h * k.WIDTH
         density = self.new_mlp(param, k.WIDTH, 1, k.OUTPUT)
-        param += k.WIDTH * count_rows(k.WIDTH, 1, k.OUTPUT)
+        param += k.WIDTH * density.n_rows
         if colored:
             color = self.new_mlp(param, k.OUTPUT + 6 * k.DIRECTION_FREQUENCIES + 4, 1, 3)
-            param += k.WIDTH * count_rows(color.n_in, 1, 3)
+            param += k.WIDTH * color.n_rows
         self.nets.append(types.SimpleNamespace(
             first=first, n_weights=param - first, layers=layers, density=density, color=color,
             weight=self.new(k.row64, row), weight_t=self.new(k.row64, row_t)))
@@ -1027,12 +1027,7 @@ class SampledModel(Model):
         super().initialize(seed)
 
 
-class NeRF(SampledModel):
-    """Mildenhall et al. 2020: two networks, of which the second sees the samples of both."""
-    name = "nerf"
-
-
-class MipNeRF(SampledModel):
+class MipNeRF(NeRF):
     """Barron et al. 2021: cones, and one network for both levels."""
     name = "mipnerf"
 
@@ -1079,7 +1074,7 @@ class WildModel(Model):
 
 
 class Nerfies(Model):
-    """Park et al. 2021: ngp in a canonical scene, and a warp from each photograph's moment to there."""
+    """Park et al. 2021, "Nerfies": ngp in a canonical scene, and a warp from each photograph's moment to there."""
     name, moves, slices, decay = "nerfies", True, False, 0.992     # a cell is empty only if it is at all times
     more_mlps, coded = {"warp_net": (2 * k.OUTPUT, 3, 6)}, ("warp_net",)
     KEPT, DRAWN = (*Model.KEPT, "time", "window"), (*Model.DRAWN, "time", "window")
@@ -1087,8 +1082,7 @@ class Nerfies(Model):
     def __init__(self, settings, space, n_photos=0, n_levels=N_LEVELS, training=True, dry=False):
         super().__init__(settings, space, n_photos, n_levels, training, dry)
         n, f32, i32 = settings["march"], ti.f32, ti.i32
-        self.n_weights = k.WIDTH * sum(count_rows(net.n_in, net.n_hidden, net.n_out) for net in (
-            self.density, self.color))                           # of the field; the others have their own sums
+        self.n_weights = k.WIDTH * (self.density.n_rows + self.color.n_rows)     # of the field; others: net_backward()
         slots, warp = self.n_slots, self.warp_net.first // k.N_FEATURES
         self.rate_shares = (slots, 0, 1.0), (warp - slots, slots, MLP_RATE), (self.n_rows - warp, warp, WARP_RATE)
         self.time, self.window = self.new(f32, max(n_photos, 1)), self.new(f32, 1)
@@ -1115,7 +1109,7 @@ class Nerfies(Model):
         curve."""
         super().initialize(seed)
         for net in self.mlps[2:]:
-            last = net.first + k.WIDTH * (count_rows(net.n_in, net.n_hidden, net.n_out) - net.n_out)
+            last = net.first + k.WIDTH * (net.n_rows - net.n_out)
             k.fill_uniform(k.WIDTH * net.n_out, last, 1e-3, seed, self.params)
         params, time = self.params.to_numpy().ravel(), self.time.to_numpy()
         time = (time - time.min()) / max(time.max() - time.min(), 1e-6)
@@ -1127,7 +1121,7 @@ class Nerfies(Model):
 
 
 class HyperNeRF(Nerfies):
-    """Park et al. 2021b: nerfies, and ambient coordinates."""
+    """Park et al. 2021, "HyperNeRF": nerfies, and ambient coordinates."""
     name, slices, coded = "hypernerf", True, ("warp_net", "slice_net")
     more_mlps = {"density": (MLPS["density"][0] + 2 + 4 * k.AMBIENT_FREQUENCIES, 1, k.OUTPUT), **Nerfies.more_mlps,
                  "slice_net": (2 * k.OUTPUT, 2, 2)}
@@ -1148,19 +1142,17 @@ def load_layers(m, net):
 
 def sample_rays(m, n_rays, at, size, camera, jitter, seed, step):
     """Rays to samples: `at` is m.coarse, or m.fine after the forward launches of m.coarse. Wipes the pixels."""
-    family, n, bent, middle = MODELS[m.name], m.settings["coarse"], m.space.unbounded, MODELS[m.name].middle
-    k.generate_rays(n_rays, m.space.unbounded, m.space.near, 0.0, 0, seed, step, m.ray_pixel, m.ray_view, size, camera,
-                    m.ray, m.ray_step, m.pixel, m.depth)
+    family, bent, middle = MODELS[m.name], m.space.unbounded, MODELS[m.name].middle
+    n, n_fine = m.settings["coarse"], m.settings["fine"]
+    k.generate_rays(n_rays, bent, m.space.near, 0.0, 0, seed, step, m.ray_pixel, m.ray_view, size, camera, m.ray,
+                    m.ray_step, m.pixel, m.depth)
+    k.count_even(n_rays, n if at is m.coarse else n_fine + family.merge * n, m.ray, at.span)
+    scan(n_rays, m.settings["block"], m.settings["march"], at.span, m.block_start, at.counter)
     if at is m.coarse:
-        k.count_even(n_rays, n, m.ray, at.span)
-        scan(n_rays, m.settings["block"], m.settings["march"], at.span, m.block_start, at.counter)
         k.sample_even(n_rays, n, bent, middle, jitter, seed, step, m.ray, at.span, m.ray_step, at.sample, at.sample_ray)
     else:
-        weight = weigh(m, n_rays)
-        k.count_even(n_rays, m.settings["fine"] + family.merge * n, m.ray, at.span)
-        scan(n_rays, m.settings["block"], m.settings["march"], at.span, m.block_start, at.counter)
-        k.sample_where_light_is(n_rays, m.settings["fine"], family.merge, bent, middle, jitter, seed, step, m.ray,
-                                m.coarse.span, m.coarse.sample, weight, at.span, m.ray_step, at.sample, at.sample_ray)
+        k.sample_where_light_is(n_rays, n_fine, family.merge, bent, middle, jitter, seed, step, m.ray, m.coarse.span,
+                                m.coarse.sample, weigh(m, n_rays), at.span, m.ray_step, at.sample, at.sample_ray)
 
 
 def deep_forward(m, at, of, size, camera):
@@ -1326,7 +1318,7 @@ def net_backward(m, net, counter, x, products, grad_raw, owner=None, view=None):
     out; owner, view: whose codes it was told, if any."""
     mlp_backward(m, net, net.first, counter, x, m.warp_hidden, grad_raw, m.grad_warp_hidden, m.grad_warp_input,
                  products)
-    sum_partials(m, k.WIDTH * count_rows(net.n_in, net.n_hidden, net.n_out), net.first, counter)
+    sum_partials(m, k.WIDTH * net.n_rows, net.first, counter)
     if owner is not None:
         code_backward(m, N_CODE, m.first_code, counter, owner, view, m.grad_warp_input)
 
@@ -2730,8 +2722,7 @@ def measure_floors(m):
 
 def mlp_work(passes):
     """step_work() of the three kernels of MLPs, for a list of (MLP, samples forward, samples backward)."""
-    return {name: dict(product=sum(2 * k.WIDTH * count_rows(net.n_in, net.n_hidden, net.n_out) * samples[back]
-                                   for net, *samples in passes),
+    return {name: dict(product=sum(2 * k.WIDTH * net.n_rows * samples[back] for net, *samples in passes),
                        copy=sum(4 * width(net) * samples[back] for net, *samples in passes))
             for name, back, width in (
                 ("mlp_forward", 0, lambda net: net.n_in + k.WIDTH * net.n_hidden + k.OUTPUT),
@@ -2800,7 +2791,7 @@ def sampled_work(m, rays, coarse, fine):
               for net, samples in levels for layer in net.layers]
     product = sum(2 * (n_x + n_h) * n_out * samples for n_x, n_h, n_out, samples in layers)
     through = sum(4 * (n_x + n_h + n_out) * samples for n_x, n_h, n_out, samples in layers)
-    n_mlps = k.WIDTH * sum(count_rows(mlp.n_in, mlp.n_hidden, mlp.n_out) for mlp in m.mlps)
+    n_mlps = k.WIDTH * sum(mlp.n_rows for mlp in m.mlps)
     work = dict(
         pick_pixels=dict(copy=12 * rays), generate_rays=dict(copy=60 * twice), count_even=dict(copy=12 * twice),
         sum_counts=dict(copy=4 * twice), scan_blocks=dict(copy=8 * twice // m.settings["block"]),
