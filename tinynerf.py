@@ -504,9 +504,10 @@ def over_white(rgba):
 def level_layout(settings, n_levels=N_LEVELS):
     """[n_levels, 4] i32 for the hash kernels: resolution, first slot, number of slots, 1 if hashed.
 
-    Resolutions grow geometrically (instant-ngp, equation 3), rounded; n_levels < N_LEVELS leaves out the finest. A level
-    whose (resolution + 1)^3 vertices fit into `table` slots is dense. The others are hashed into SURFACE_SLOTS resolution^2
-    slots, to the next power of two, or into `table` if that is less: what is next to surfaces grows with resolution^2.
+    Resolutions grow geometrically (instant-ngp, equation 3), rounded; n_levels < N_LEVELS leaves out the finest.
+    A level whose (resolution + 1)^3 vertices fit into `table` slots is dense. The others are hashed into SURFACE_SLOTS
+    resolution^2 slots, to the next power of two, or into `table` if that is less: what is next to surfaces grows with
+    resolution^2.
     """
     coarsest, table_slots, rows, first = settings["coarsest"], settings["table"], [], 0
     for l in range(n_levels):
