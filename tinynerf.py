@@ -137,13 +137,25 @@ def one_line(error):
     return text if text and isinstance(error, (ValueError, OSError)) else f"{type(error).__name__} {text}".strip()
 
 
+@contextlib.contextmanager
+def refusing(problem, hint):
+    """Whatever goes wrong meanwhile becomes a UserError: files may come from anyone, and decoders, zip, JSON and NumPy
+    have errors of many kinds."""
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
+        raise UserError(f"{problem}: {one_line(error)}", hint)
+
+
 def read_image(path, w=None, h=None):
     """An image file as straight RGBA, [height, width, 4] u8; UserError if it cannot be read, or is no uniform resize of
     w x h, the size that its intrinsics speak of. It is turned as its EXIF entry says only where it fits only then: the
     reconstruction has seen it either way."""
     def fits(width, height):                         # within one pixel
         return w is None or h is None or abs(h * width - w * height) <= max(w, h)
-    try:
+    with refusing(f"cannot use the image {path}", "is it complete? replace it or remove its frame"):
         with PIL.Image.open(path) as image:
             width, height = image.size
             if not fits(width, height):
@@ -153,11 +165,6 @@ def read_image(path, w=None, h=None):
             if image.mode.startswith("I"):           # 16 bit
                 image = PIL.Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             return np.array(image.convert("RGBA"))
-    except MemoryError:
-        raise
-    except Exception as error:                       # decoders raise OSError, SyntaxError, ValueError, struct.error ...
-        raise UserError(f"cannot use the image {path}: {one_line(error)}",
-                        "is it complete? replace it or remove its frame")
 
 
 def downscale_image(rgba, factor):
@@ -175,11 +182,8 @@ def downscale_image(rgba, factor):
 
 def read_json(path):
     """The contents of a JSON file; UserError."""
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            return json.load(file)
-    except (ValueError, OSError, RecursionError) as error:
-        raise UserError(f"{path} is not a JSON file: {one_line(error)}", "is the download complete?")
+    with refusing(f"{path} is not a JSON file", "is the download complete?"), open(path, encoding="utf-8-sig") as file:
+        return json.load(file)
 
 
 def parse_number(key, x, low, high):
@@ -300,13 +304,11 @@ def load_view(f, folder, downscale, capture):
 def load_frames(path, meta, folder, downscale, capture):
     """(views, lines) of a transforms file: load_view's namespaces, for a capture those that are usable, sorted by name;
     and what was wrong with how many frames. The Blender family's frames must all be usable: UserError."""
-    try:
+    with refusing(f"{path} is not usable",
+                  "it needs camera_angle_x or fl_x, and frames with file_path and a 4x4 transform_matrix"):
         frames = [parse_frame(meta, frame) for frame in meta["frames"]]
         if not frames:
             raise ValueError("there are no frames")
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise UserError(f"{path} is not usable: {one_line(error)}",
-                        "it needs camera_angle_x or fl_x, and frames with file_path and a 4x4 transform_matrix")
     wrong, n_frames = {}, len(frames)
     if capture:
         unique = {frame.name: frame for frame in reversed(frames)}
@@ -363,10 +365,8 @@ def convert_capture(folder):
         spec = importlib.util.spec_from_file_location("convert", path)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        try:
+        with refusing(f"cannot convert {folder}", "is it complete? see data/README.md"):
             meta = module.convert(folder)
-        except ValueError as error:
-            raise UserError(f"cannot convert {folder}: {one_line(error)}", "is it complete? see data/README.md")
     if meta is None:
         raise UserError(f"no transforms_train.json or transforms.json in {folder}, nor what data/convert.py knows",
                         "data/README.md says how scenes are laid out")
@@ -440,11 +440,9 @@ def load_scene(folder, downscale=1):
     if split:
         test, _ = load_frames(path[split], read_json(path[split]), folder, downscale, capture)
     else:
-        try:
+        with refusing(f"{source} is not usable", "mend or remove that entry"):
             placement = read_placement(meta) if capture else {}
             train, test, split = split_views(meta if capture else {}, train)
-        except (ValueError, TypeError, RecursionError) as error:
-            raise UserError(f"{source} is not usable: {one_line(error)}", "mend or remove that entry")
         if len(train) < (2 if capture else 1):       # so many or more: then there is one to test with, too
             raise UserError(f"{source} has {len(train) + len(test)} usable views, {len(train)} of them to train on",
                             "; ".join(skipped) or "a radiance field needs several views")
@@ -462,13 +460,11 @@ def read_points(folder):
     path = os.path.join(folder, "points.npy")
     if not os.path.exists(path):
         return np.zeros((0, 3), np.float32)
-    try:
+    with refusing(f"{path} is not usable", "it is the points that never move; remove it"):
         points = np.load(path)                       # which takes no pickles
         if points.ndim != 2 or points.shape[1] != 3 or points.dtype.kind != "f" or not np.abs(points).max() < 1e9:
             raise ValueError("it does not hold an [n, 3] array of finite numbers")
         return points.astype(np.float32)
-    except Exception as error:                       # NumPy has errors of many kinds
-        raise UserError(f"{path} is not usable: {one_line(error)}", "it is the points that never move; remove it")
 
 
 def place_scene(scene):
@@ -1764,7 +1760,7 @@ def read_arrays(path, machine, training=False):
         killed = os.path.exists(os.path.join(folder, "checkpoint.npz"))
         raise UserError(f"no {path}", f"'train --resume {folder}' goes on with that run and leaves one" if killed else
                         "give the folder of a training run, such as runs/lego")
-    try:
+    with refusing(f"{path} is not usable", "copy it again, or train again with this version"):
         with open(path, "rb") as raw:
             size = raw.seek(0, os.SEEK_END)
             raw.seek(max(size - 42, 0))
@@ -1798,10 +1794,6 @@ def read_arrays(path, machine, training=False):
                 if sorted(file.namelist()) != sorted(name + ".npy" for name in ["info", *shapes]):
                     raise ValueError("it holds other arrays")
                 return info, {name: read_member(file, name, *shape) for name, shape in shapes.items()}
-    except UserError:
-        raise
-    except Exception as error:                       # zip, JSON and NumPy each have errors of their own
-        raise UserError(f"{path} is not usable: {one_line(error)}", "copy it again, or train again with this version")
 
 
 def save_model(path, m, info, cameras):
@@ -1931,7 +1923,7 @@ def read_path(path, size):
     """Cameras [n, 22] and sizes [(width, height, lens)] of a file of camera poses: what transforms.json has, or the
     camera path that nerfstudio's viewer saves. size: for frames that name none. UserError."""
     meta = read_json(path)
-    try:
+    with refusing(f"{path} is not usable", "see 'render' in README.md for what it may hold"):
         if "camera_path" in meta:                    # vertical angles in degrees
             size = meta.get("render_width", size[0]), meta.get("render_height", size[1])
             meta = dict(frames=[dict(transform_matrix=np.reshape(frame["camera_to_world"], (4, 4)), w=size[0],
@@ -1943,10 +1935,7 @@ def read_path(path, size):
             raise ValueError("there are no frames, or a pose is not finite, or no rotation")
         if not 1 <= np.min(sizes, 0)[:2].min() <= np.max(sizes) <= 2**15:
             raise ValueError("images have 1 to 32768 pixels a side")
-        cameras = np.array([frame_camera(f, *size[:2]) for f, size in zip(frames, sizes)], np.float32)
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise UserError(f"{path} is not usable: {one_line(error)}", "see 'render' in README.md for what it may hold")
-    return cameras, sizes
+        return np.array([frame_camera(f, *size[:2]) for f, size in zip(frames, sizes)], np.float32), sizes
 
 
 def resize_camera(camera, old_size, new_size):
@@ -2520,10 +2509,8 @@ class Window:
         """cameras: [n, 22], those of training; own_size: (width, height) of their images; folder: of saved pictures."""
         if sys.platform == "linux" and not os.environ.get("DISPLAY"):
             raise UserError("there is no display here", "'render' makes a video; over SSH, ssh -X brings a display")
-        try:
+        with refusing("no window can be opened", "'render' makes a video instead"):
             self.gui = ti.GUI("tinynerf", size)
-        except RuntimeError as error:
-            raise UserError(f"no window can be opened: {one_line(error)}", "'render' makes a video instead")
         self.m, self.size, self.folder = m, size, folder
         self.camera = resize_camera(orbit_cameras(cameras, 1)[0], own_size, size)
         _, target, _, self.up, _ = camera_frame(cameras)
