@@ -4155,7 +4155,7 @@ def test_killed(tiny, rng):
         process.kill()
         process.communicate()
         steps.append(checkpoint()[0]["state"]["step"])
-        halves += os.path.exists("run/checkpoint.npz.part")
+        halves += os.path.exists("run/checkpoint.part.npz")
         argv = ["--resume", "run"]
     print(f"{len(steps) - 1} kills, {halves} of them while a checkpoint was written; left at steps", *steps[1:])
     assert steps == sorted(steps)

@@ -23,6 +23,7 @@ import itertools
 import json
 import math
 import os
+import pathlib
 import platform
 import posixpath
 import re
@@ -1685,17 +1686,24 @@ CHECKPOINT_INFO = dict(
 
 @contextlib.contextmanager
 def replacing(path):
-    """A binary file to write to, which takes the place of `path` once it is complete and on the disk. Should that fail,
-    `path` is what it was: UserError."""
+    """The name of a file to write, which takes the place of `path` once it is complete and on the disk. Should that
+    fail, `path` is what it was: UserError."""
+    part = "{}.part{}".format(*os.path.splitext(path))
     try:
-        with open(path + ".part", "wb") as file:
-            yield file
-            file.flush()
+        yield part
+        with open(part, "rb+") as file:
             os.fsync(file.fileno())
-        os.replace(path + ".part", path)
+        for pause in (0.1, 0.5, 2.0, None):          # on Windows, who looks at the old one keeps it where it is
+            try:
+                os.replace(part, path)
+                break
+            except PermissionError:
+                if pause is None:
+                    raise
+                time.sleep(pause)
     except BaseException as error:
         with contextlib.suppress(OSError):
-            os.remove(path + ".part")
+            os.remove(part)
         if isinstance(error, OSError):
             raise UserError(f"cannot write {path}: {error.strerror or one_line(error)}",
                             "check the folder, its permissions and the free space; an older file there is intact")
@@ -1708,8 +1716,8 @@ def replacing(path):
 
 def save_arrays(path, info, **arrays):
     """Write arrays and `info`, a dict for JSON, to an .npz file for read_arrays."""
-    with replacing(path) as file:
-        np.savez(file, info=np.array(json.dumps(dict(info, format=FORMAT))), **arrays)
+    with replacing(path) as part:
+        np.savez(part, info=np.array(json.dumps(dict(info, format=FORMAT))), **arrays)
 
 
 def believe(x, schema):
@@ -1985,8 +1993,8 @@ def draw_history(path, rows):
         draw.text(((left + right) / 2, bottom + 30), "seconds of training", "black", font, "ma")
         for values, color, width in ((value, "lightskyblue", 1), (middle, "navy", 3)):
             draw.line([coordinate for point in zip(*at(seconds, values)) for coordinate in point], color, width)
-    with replacing(path) as file:
-        image.save(file, "PNG")
+    with replacing(path) as part:
+        image.save(part)
 
 
 def write_frames(path, frames, n_frames):
@@ -2020,8 +2028,7 @@ def write_frames(path, frames, n_frames):
                 height, width = frame.shape[:2]
                 yield np.pad(frame, [(0, height % 2), (0, width % 2)] + [(0, 0)] * (frame.ndim - 2), "edge")
                 bar.update(task, advance=1)
-        part = path[:-4] + ".part" + ending
-        try:
+        with replacing(path) as part:
             if ending == ".gif":
                 imageio.imwrite(part, list(even()), duration=1000 / 24, loop=0)
             else:
@@ -2031,11 +2038,6 @@ def write_frames(path, frames, n_frames):
                     n_frames -= imageio_ffmpeg.count_frames_and_secs(part)[0]
                 if n_frames:
                     raise UserError(f"cannot write {path}", "check the free space; an older file there is intact")
-            os.replace(part, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.remove(part)
-            raise
     return path
 
 
@@ -2248,8 +2250,8 @@ def command_train(args):
                 if not all(np.isfinite(array).all() for array in kept.values()):
                     raise UserError(f"the model is not finite at step {state['step']}: training has stopped",
                                     "are the poses and images right? the last checkpoint is from before that step")
-                with replacing(log_path) as file:
-                    file.write("".join(rows).encode())
+                with replacing(log_path) as part:
+                    pathlib.Path(part).write_bytes("".join(rows).encode())
                 save_arrays(os.path.join(out, "checkpoint.npz"), dict(
                     info, seed=args.seed, views=checksum, target=target, unit=unit, arch=arch, state=state), **kept)
                 saved[0] = time.monotonic()
@@ -2260,8 +2262,8 @@ def command_train(args):
                 with glance(m):
                     rgb, _ = render_view(m, resize_camera(scene.test.camera[0], (width, height), (
                         width // small, height // small)), width // small, height // small, lens)
-                with replacing(os.path.join(out, "live.png")) as file:
-                    PIL.Image.fromarray(to_bytes(rgb)).save(file, "PNG")
+                with contextlib.suppress(UserError), replacing(os.path.join(out, "live.png")) as part:
+                    imageio.imwrite(part, to_bytes(rgb))         # a viewer that does not let go of it must not end this
                 watched[0] = time.monotonic()
             return bool(interrupted)
 
@@ -2293,8 +2295,8 @@ def command_train(args):
     write_frames(os.path.join(out, "orbit.mp4"), frames(), len(path))
     metrics.update(peak_memory_mb=peak_memory_mb(), arch=arch, device=device, seed=args.seed,
                    taichi=".".join(map(str, ti.__version__)), version=VERSION)
-    with replacing(os.path.join(out, "metrics.json")) as file:
-        file.write(json.dumps(metrics, indent=1).encode())
+    with replacing(os.path.join(out, "metrics.json")) as part:
+        pathlib.Path(part).write_bytes(json.dumps(metrics, indent=1).encode())
     if total["complete"]:
         os.remove(os.path.join(out, "checkpoint.npz"))
     print(f"| scene | PSNR | SSIM | views | size | steps | train s | compile s | M samples/s | s per view | machine |\n"
@@ -2477,8 +2479,9 @@ def command_mesh(args):
     lines = ["ply", "format binary_little_endian 1.0", f"element vertex {len(vertices)}",
              *(f"property float {c}" for c in "xyz"), *(f"property uchar {c}" for c in ("red", "green", "blue")),
              f"element face {len(faces)}", "property list uchar int vertex_indices", "end_header"]
-    with replacing(out) as file:
-        file.write("".join(line + "\n" for line in lines).encode() + vertices.tobytes() + faces.tobytes())
+    with replacing(out) as part:
+        pathlib.Path(part).write_bytes("".join(line + "\n" for line in lines).encode() + vertices.tobytes()
+                                       + faces.tobytes())
     print(f"{len(vertices)} vertices and {len(faces)} triangles in {out}, "
           f"{time.perf_counter() - start:.1f} s on {arch} ({device})")
 
