@@ -3164,7 +3164,11 @@ def test_listed_splits(capture):
 def test_masks(capture, rng):
     """Pixels that are masked train, or others do not."""
     mask = rng.integers(0, 2, (8, 12)).astype(np.uint8)
-    names = ["mask.png", "none.png", "small.png", "text.png"]
+    names = ["mask.png", "none.png", "small.png", "text.png", "deep.png", "colors.png"]
+    imageio.imwrite(capture / "deep.png", 200 * mask.astype(np.uint16))
+    label = PIL.Image.fromarray(mask)
+    label.putpalette([0, 0, 0, 0, 128, 0])
+    label.save(capture / "colors.png")
     imageio.imwrite(capture / "mask.png", mask)                              # 0 and 1: all but 0 trains
     imageio.imwrite(capture / "small.png", mask[:1])
     (capture / "text.png").write_text("no mask")
@@ -3172,8 +3176,8 @@ def test_masks(capture, rng):
     imageio.imwrite(capture / photo_name(6), rgba)
 
     def change(meta):
-        for i, name in enumerate(names):
-            meta["frames"][9 - (i + 1)]["mask_path"] = "./" + name
+        for i, name in zip((1, 2, 3, 4, 5, 9), names):
+            meta["frames"][9 - i]["mask_path"] = "./" + name
         meta["frames"][9 - 7]["mask_path"] = "mask.png"
     imageio.imwrite(capture / photo_name(7), rgba)
     scene, views = load_capture(capture, change)
@@ -3182,6 +3186,8 @@ def test_masks(capture, rng):
     assert np.array_equal(images[photo_name(1)], np.dstack([photo, mask * 255]))
     for i in (2, 3, 4):
         assert (images[photo_name(i)][..., 3] == 255).all()
+    for i in (5, 9):                                 # 0 and 200 of 65535; black and green
+        assert np.array_equal(images[photo_name(i)][..., 3], mask * 255), i
     assert len(scene.skipped) == 1 and scene.skipped[0].startswith("3 of 10 frames have a mask")
     assert "none.png" in scene.skipped[0]
     assert np.array_equal(images[photo_name(6)], np.dstack([rgba[..., :3], (rgba[..., 3] >= 128) * np.uint8(255)]))
@@ -3195,6 +3201,9 @@ def test_masks(capture, rng):
     assert photo_name(3) not in views.names and any("no pixel that counts" in line for line in scene.skipped)
     assert np.array_equal(views.images[photo_name(1)][..., 3], 255 * mask * (rgb[..., 2] == 0))
     os.remove(capture / "images" / "dynamic_mask_01.png")
+    (capture / "images" / "dynamic_mask_07.png").write_text("no mask")
+    scene, _ = load_capture(capture, lambda meta: meta["frames"][9 - 7].update(mask_path="mask.png"))
+    assert len(scene.skipped) == 1 and "dynamic_mask_07.png" in scene.skipped[0]
 
     mask = np.ones((8, 12), np.uint8)
     mask[0, 0] = mask[6:, 9:] = 0                    # in blocks of 3x3 of which the last two rows are cropped
@@ -3287,8 +3296,10 @@ def test_downscale(tmp_path, rng):
     assert_close("a capture's", views.cameras[photo_name(3)][12:17] * [6, 6, 6, 6, 1], [10, 11, 5.5, 4.25, 0.1], 1e-6)
 
 
-def test_too_many_pixels():
-    """The index of a pixel overflows."""
+def test_too_many_pixels(tmp_path):
+    """The index of a pixel overflows, or a large photograph is taken for a bomb."""
+    PIL.Image.new("1", (15000, 13000)).save(tmp_path / "large.png")
+    assert tinynerf.count_pixels(str(tmp_path / "large.png")) == 15000 * 13000
     view = dict(rgba=np.broadcast_to(np.uint8(0), (2**15, 2**15, 4)), lens=0, camera=np.zeros(22), name="large")
     with pytest.raises(tinynerf.UserError, match=r"2147483648 pixels") as error:
         tinynerf.pack_views([types.SimpleNamespace(**view) for _ in range(2)], "none")

@@ -57,6 +57,8 @@ except ModuleNotFoundError as error:
 
 import kernels as k
 
+PIL.Image.MAX_IMAGE_PIXELS = 2**30                   # large photographs are no bombs: see check_fits
+
 VERSION = "0.1"
 
 # Scene and model: the same on every machine
@@ -166,6 +168,15 @@ def read_image(path, w=None, h=None):
             if image.mode.startswith("I"):           # 16 bit
                 image = PIL.Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             return np.array(image.convert("RGBA"))
+
+
+def read_mask(path, width, height):
+    """Where an image file of this size is not black, whatever its depth or colors: [height, width] bool; UserError."""
+    with refusing(f"cannot use the mask {path}", "is it complete?"), PIL.Image.open(path) as image:
+        if image.size != (width, height):
+            raise ValueError(f"its size is not {width}x{height}")
+        values = np.asarray(image if image.mode[0] in "IF" else image.convert("RGB"))
+        return values.reshape(height, width, -1).any(-1)
 
 
 def downscale_image(rgba, factor):
@@ -279,15 +290,15 @@ def load_view(f, folder, downscale, capture):
         raise UserError(f"--downscale {downscale} leaves nothing of {width}x{height} pixels", "use less")
 
     if capture:                                      # pixels train, or do not
-        trains = rgba[..., 3] >= 128
+        trains, masks = rgba[..., 3] >= 128, {} if f.mask is None else {os.path.join(folder, f.mask): True}
         moving = os.path.join(os.path.dirname(path), f"dynamic_mask_{os.path.splitext(os.path.basename(path))[0]}.png")
-        try:
-            if f.mask is not None:
-                trains = np.stack([trains, read_image(os.path.join(folder, f.mask))[..., 0] > 0]).all(0)
-            if os.path.isfile(moving):               # from instant-ngp's colmap2nerf.py
-                trains = np.stack([trains, ~read_image(moving)[..., :3].any(-1)]).all(0)
-        except (UserError, ValueError):              # cannot be stacked
-            problem = ("a mask that cannot be read or has another size: it is not used", f.mask or moving)
+        if os.path.isfile(moving):                   # from instant-ngp's colmap2nerf.py: what is black trains
+            masks[moving] = False
+        for mask, wanted in masks.items():
+            try:
+                trains &= read_mask(mask, width, height) == wanted
+            except UserError:
+                problem = ("a mask that cannot be read or has another size: it is not used", mask)
         rgba[..., 3] = np.where(trains, 255, 0)
     if downscale > 1:
         full, rgba = rgba, downscale_image(rgba, downscale)
