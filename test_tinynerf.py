@@ -3390,6 +3390,7 @@ def test_place_scene():
     """A scene lies elsewhere in the unit cube than its file says, or than where its cameras look."""
     def place(**given):
         camera = np.array([look_at([3 * math.cos(t) + 5, 3 * math.sin(t), 1], [5, 0, 1], 10, 8, 8) for t in range(9)])
+        camera[:given.pop("n_amid", 0), 3:12:4] = 5, 0, 1
         scene = types.SimpleNamespace(capture=given.pop("capture", True), placement=given)
         scene.train = types.SimpleNamespace(camera=np.float32(camera))
         space = tinynerf.place_scene(scene)
@@ -3402,6 +3403,7 @@ def test_place_scene():
             (dict(capture=False), 0.5 + middle / 3, 0), ({}, 0.5 + (middle - [5, 0, 1]) / side, 1),
             (dict(aabb_scale=16), 0.5 + (middle - [5, 0, 1]) / side, 1),
             (dict(aabb_scale=1), 0.33 * middle + 0.5, 0),                    # instant-ngp's own cube
+            (dict(aabb_scale=0.5), 0.33 * middle + 0.5, 0),
             (dict(aabb_scale=1, scale=0.5, offset=[0.1, 0.5, -1]), 0.5 * middle + [0.1, 0.5, -1], 0),
             # Its cube is now as wide as the unbent ball, the middle half of the contracted one.
             (dict(scale=0.5), 0.5 + (0.5 * middle + 0.5 - 0.5) / 2, 1),
@@ -3409,6 +3411,7 @@ def test_place_scene():
         got, is_unbounded, near = place(**given)
         assert_close(str(given), got, want, 1e-5)
         assert is_unbounded == unbounded and near == (tinynerf.NEAR / 4 if given.get("capture", True) else 0.05 / 3)
+    assert np.abs(place(n_amid=6)[0]).max() < 1e3    # most cameras are where all of them look
 
 
 @pytest.mark.parametrize("lens", ["SIMPLE_PINHOLE", "OPENCV", "OPENCV_FISHEYE"])
@@ -3539,6 +3542,19 @@ def test_orbit_cameras(facing, share):
         assert np.ptp(along) > 0.8 * turn.max() and (share == 1 or along.max() < turn.max() + 0.1)
 
 
+def test_parallel_axes(rng):
+    """What photos in a row look at is put behind them, or orbits are not finite where half of them are upside down."""
+    place = np.arange(8)[:, None] * [0.5, 0, 0]
+    for noise in (0, 1e-4, 1e-2):
+        camera = np.array([look_at(p, p + [0, 1, 0] + noise * rng.normal(size=3), 50, 32, 24) for p in place],
+                          np.float32)
+        assert 0.8 < tinynerf.nearest_to_axes(camera)[1] < 20
+        assert tinynerf.nearest_to_axes(camera[:1])[1] > 0.5
+    turned = np.array([look_at(p, p + [0, 1, 0], 50, 32, 24) for p in place])
+    turned[::2, [0, 1, 4, 5, 8, 9]] *= -1
+    assert np.isfinite(tinynerf.orbit_cameras(turned, 5)).all()
+
+
 def test_spiral_cameras(rng):
     """The spiral leaves the cameras' neighbourhood, does not look at the subject, or does not come near to it."""
     target, origin = np.array([0.3, 4.0, 0.5]), rng.uniform(-1, 1, (200, 3)) * [0.8, 0.3, 0.5]
@@ -3583,7 +3599,8 @@ def test_read_path(tmp_path):
     assert sizes == 2 * [(60, 40, 0)] and np.allclose(camera[:, :12].reshape(2, 3, 4), pose, atol=1e-6)
     assert np.allclose(camera[:, 12:14], 20 / math.tan(math.radians(25)))
     for wrong in ([], dict(own, frames=[]), dict(frames=frames), dict(own, w=1e5), dict(own, h=0.2), dict(own, frames=[
-            dict(transform_matrix=np.zeros((4, 4)).tolist())]), dict(camera_path=[dict(fov=50)])):
+            dict(transform_matrix=np.zeros((4, 4)).tolist())]), dict(camera_path=[dict(fov=50)]),
+            dict(camera_type="equirectangular", camera_path=[dict(camera_to_world=matrix[0], fov=50)])):
         with pytest.raises(tinynerf.UserError, match="path.json"):
             read(wrong)
 

@@ -484,19 +484,20 @@ def place_scene(scene):
     of space is contracted into the cube, see k.contract), near (the nearest sample, in sides of the cube).
 
     Blender scenes have the box of +-1.5. In the other formats a placement in the file wins, by instant-ngp's rules:
-    cube = world scale + offset, and an aabb_scale of 1 says that nothing is outside. Otherwise the ball that stays
-    unbent is put around what the cameras look at, as large as they are far away.
+    cube = world scale + offset, and an aabb_scale of 1 or less says that nothing is outside. Otherwise the ball that
+    stays unbent is put around what the cameras look at, as large as they are far away.
     """
     if not scene.capture:
         return types.SimpleNamespace(center=[0.0, 0.0, 0.0], side=3.0, unbounded=0, near=0.05 / 3.0)
     given = scene.placement
-    if "scale" in given or "offset" in given or given.get("aabb_scale") == 1:
+    if "scale" in given or "offset" in given or given.get("aabb_scale", 16) <= 1:
         scale, unbounded = given.get("scale", 0.33), int(given.get("aabb_scale", 16) > 1)
         center = [(0.5 - offset) / scale for offset in given.get("offset", (0.5, 0.5, 0.5))]
         side = (0.5 / k.RADIUS if unbounded else 1.0) / scale        # instant-ngp's unit cube is as wide as the ball
     else:
         origin, center = scene.train.camera[:, 3:12:4], nearest_to_axes(scene.train.camera)
-        side = PLACE * float(np.median(np.linalg.norm(origin - center, axis=1))) / k.RADIUS
+        far, reach = (np.linalg.norm(origin - point, axis=1) for point in (center, origin.mean(0)))
+        side = PLACE * float(max(np.median(far), 1e-2 * reach.max())) / k.RADIUS         # most may be where all look
         center, unbounded = [float(c) for c in center], 1
     return types.SimpleNamespace(center=center, side=side, unbounded=unbounded, near=NEAR * k.RADIUS)
 
@@ -1864,13 +1865,19 @@ def depth_image(depth, near, far):
 
 
 def nearest_to_axes(cameras):
-    """The point [3] nearest to the optical axes of cameras [n, 22]: what they look at."""
+    """The point [3] nearest to the optical axes of cameras [n, 22]: what they look at. Where these are next to parallel
+    that is noise, perhaps behind the cameras, and a point in front of them stands in for it."""
     pose = cameras[:, :12].reshape(-1, 3, 4).astype(np.float64)
     origin, forward = pose[:, :, 3], -pose[:, :, 2]
     # sum_n (I - f f^T) (x - origin_n) = 0. A little of the identity keeps it solvable when all axes are parallel.
     across = np.eye(3) - forward[:, :, None] * forward[:, None, :]
-    return np.linalg.solve(across.sum(0) + 1e-6 * np.eye(3), (across @ origin[:, :, None]).sum(0)[:, 0]
-                           + 1e-6 * (origin.mean(0) + forward.mean(0)))
+    middle, look = origin.mean(0), forward.mean(0)
+    point = np.linalg.solve(across.sum(0) + 1e-6 * np.eye(3), (across @ origin[:, :, None]).sum(0)[:, 0]
+                            + 1e-6 * (middle + look))
+    reach = np.linalg.norm(origin - middle, axis=1).max()
+    if np.linalg.norm(look) > 0.8 and (point - middle) @ look < 0.5 * reach:
+        point = middle + 3.0 * reach * look / np.linalg.norm(look)
+    return point
 
 
 def look_at(at, target, up):
@@ -1886,7 +1893,8 @@ def camera_frame(cameras):
     orthonormal axes of their mean orientation; forward [3] is a mean, and short where they look every way."""
     pose = cameras[:, :12].reshape(-1, 3, 4).astype(np.float64)
     up, forward = pose[:, :, 1].mean(0), -pose[:, :, 2].mean(0)
-    up /= np.linalg.norm(up)
+    up = pose[0, :, 1] if np.linalg.norm(up) < 0.1 else up       # they cancel where half of them are upside down
+    up = up / np.linalg.norm(up)
     right = np.cross(forward, up)
     if np.linalg.norm(right) < 1e-6:
         right = np.cross([1.0, 0.0, 0.0] if abs(up[0]) < 0.9 else [0.0, 1.0, 0.0], up)
@@ -1944,6 +1952,8 @@ def read_path(path, size):
     meta = read_json(path)
     with refusing(f"{path} is not usable", "see 'render' in README.md for what it may hold"):
         if "camera_path" in meta:                    # vertical angles in degrees
+            if meta.get("camera_type", "perspective") != "perspective":
+                raise ValueError(f"camera_type {meta['camera_type']!r:.40} is not 'perspective'")
             size = meta.get("render_width", size[0]), meta.get("render_height", size[1])
             meta = dict(frames=[dict(transform_matrix=np.reshape(frame["camera_to_world"], (4, 4)), w=size[0],
                                      h=size[1], camera_angle_y=math.radians(frame["fov"]))
