@@ -3044,6 +3044,7 @@ def test_load_capture(capture):
     assert scene.test.names == [photo_name(0), photo_name(8)]
     assert scene.train.names == [photo_name(i) for i in range(10) if i % 8]
     assert scene.train.alpha == scene.test.alpha == "none"
+    assert_close("their times", scene.train.time, [(9 - i) / 9 for i in range(10) if i % 8], 1e-6)       # as listed
     frames = json.loads((capture / "transforms.json").read_text())["frames"]
     for i, frame in enumerate(reversed(frames)):
         name = photo_name(i)
@@ -3109,6 +3110,8 @@ def test_file_names(capture):
     shutil.move(capture / "images" / "03.png", capture.parent / "elsewhere")
     photo = "images/\u5199\u3000\u771f 5.00\u202fPM \U0001f468\u200d\U0001f469.png"         # spaces, and emoji joined
     shutil.move(capture / "images" / "05.png", capture / photo)
+    shutil.move(capture / "images" / "07.png", capture / "images" / "07.PNG")
+    change_json(capture / "transforms.json", lambda m: m["frames"][9 - 7].update(file_path="images/07"))
     names = ["./images/00.png", "images/01", ".\\images\\02.png", "../elsewhere/03.png",
              str(capture / "images" / "04.png"), photo]
     change_json(capture / "transforms.json", lambda m: [m["frames"][9 - i].update(file_path=name)
@@ -3116,7 +3119,8 @@ def test_file_names(capture):
     text = (capture / "transforms.json").read_text()
     (capture / "transforms.json").write_text(text, encoding="utf-8-sig")     # with a byte order mark
     scene = tinynerf.load_scene(str(capture))
-    want = [names[3], names[4], photo_name(0), names[1], *(photo_name(i) for i in (2, 6, 7, 8, 9)), photo]
+    want = [names[3], names[4], photo_name(0), names[1], *(photo_name(i) for i in (2, 6)), "images/07", *(
+        photo_name(i) for i in (8, 9)), photo]
     assert scene.skipped == [] and scene.test.names == [want[0], want[8]]
     assert scene.train.names == want[1:8] + want[9:]
 
@@ -4389,6 +4393,9 @@ def test_resume_mistakes(tiny, mistake, monkeypatch, capsys):
     capsys.readouterr()
     for name in ("render", "view"):
         assert command(name, "run") == 2 and "'train --resume run' goes on" in capsys.readouterr().err
+    os.rename("scene", "moved")
+    assert command("train", "--resume", "run") == 2 and "train SCENE --resume run" in capsys.readouterr().err
+    os.rename("moved", "scene")
     change_json(tiny / "scene" / "transforms_train.json", lambda meta: meta["frames"][3].update(
         transform_matrix=meta["frames"][2]["transform_matrix"]))
     assert "other views, poses or sizes" in fails(capsys, "train", "--resume", "run")
@@ -4521,6 +4528,7 @@ SCENE_MISTAKES = {
     "flat points": ("points.npy", lambda s: np.save(s / "points.npy", np.zeros(6))),
     "pickled points": ("points.npy", lambda s: np.save(s / "points.npy", np.array([[{}] * 3]), allow_pickle=True)),
     "points that are not": ("points.npy", lambda s: np.save(s / "points.npy", np.full((2, 3), np.nan))),
+    "no points": ("n > 0", lambda s: np.save(s / "points.npy", np.zeros((0, 3)))),
     "points cut off": ("points.npy", lambda s: (s / "points.npy").write_bytes(b"\x93NUMPY\1\0")),
 }
 
@@ -4537,8 +4545,8 @@ CAPTURE_MISTAKES = {
     "too few sizes": ("2 usable views", all_but_two(lambda f: f.update(w=8, h=13))),
     "nothing to train on": ("0 of them to train on", lambda m: m.update(train_filenames=["images/77.png"])),
     "one place": ("in one place", lambda m: [f.update(transform_matrix=np.eye(4).tolist()) for f in m["frames"]]),
-    "one place, far away": ("in one place", lambda m: [f["transform_matrix"][i].__setitem__(3, 500 + 0.001 * n)
-                                                       for n, f in enumerate(m["frames"]) for i in range(3)]),
+    "one place, far away": ("in one place as seen from the origin: within 0.", lambda m: [
+        f["transform_matrix"][i].__setitem__(3, 500 + 0.001 * n) for n, f in enumerate(m["frames"]) for i in range(3)]),
     "no frames": ("frames", lambda m: m.pop("frames")),
     "frames are numbers": ("transforms.json", lambda m: m.update(frames=[1, 2, 3])),
     "frames are none": ("transforms.json", lambda m: m.update(frames=None)),

@@ -242,7 +242,8 @@ def parse_frame(meta, frame):
 
 def find_image(folder, name):
     """The file of a frame's image, or None."""
-    paths = (os.path.join(folder, name + ending) for ending in ("", ".png", ".jpg", ".jpeg", ".webp"))
+    endings = ["", ".png", ".jpg", ".jpeg", ".webp"]
+    paths = (os.path.join(folder, name + ending) for ending in endings + [ending.upper() for ending in endings])
     return next(filter(os.path.isfile, paths), None)
 
 
@@ -322,13 +323,13 @@ def load_frames(path, meta, folder, downscale, capture):
         if not frames:
             raise ValueError("there are no frames")
     wrong, n_frames = {}, len(frames)
+    for i, frame in enumerate(frames):               # where nobody says when: one after the other
+        frame.still = frame.time is None
+        frame.time = i / max(n_frames - 1, 1) if frame.still else frame.time
     if capture:
         unique = {frame.name: frame for frame in reversed(frames)}
         wrong["the name of an earlier frame"] = [frame.name for frame in frames if frame is not unique[frame.name]]
         frames = [unique[name] for name in sorted(unique)]
-    for i, frame in enumerate(frames):               # where nobody says when: one after the other
-        frame.still = frame.time is None
-        frame.time = i / max(len(frames) - 1, 1) if frame.still else frame.time
     n_pixels = [count_pixels(find_image(folder, frame.name)) for frame in frames]
     kept, each, free = 4e-6 * sum(n_pixels) / downscale**2, 16e-6 * max(n_pixels), free_mb()
     check_fits(f"reading the {len(frames)} images of {path}", kept + each, f"use --downscale {2 * downscale}")
@@ -418,9 +419,9 @@ def select_views(views, mask):
                        for i in np.flatnonzero(mask)], views.alpha)
 
 
-def load_scene(folder, downscale=1):
+def load_scene(folder, downscale=1, moved=None):
     """A scene's folder: transforms_train.json (the Blender family), transforms.json (instant-ngp, nerfstudio) or what
-    data/convert.py knows. UserError for what cannot be used. Returns a namespace:
+    data/convert.py knows. UserError for what cannot be used; moved: a hint if it is gone. Returns a namespace:
 
     train, test   views, each a namespace of
         pixels    u32 [sum of width * height]: straight RGBA of 8 bits each, red in the lowest; view by view, by rows
@@ -438,7 +439,7 @@ def load_scene(folder, downscale=1):
     points        f32 [n, 3], places in the scene's units that never move: points.npy, if there is one, else none
     """
     if not os.path.isdir(folder):
-        raise UserError(f"no such folder: {folder}", "data/lego comes along; data/README.md lists others")
+        raise UserError(f"no such folder: {folder}", moved or "data/lego comes along; data/README.md lists others")
     path = {split: os.path.join(folder, f"transforms_{split}.json") for split in ("train", "test", "val")}
     capture = not os.path.exists(path["train"])
     source = os.path.join(folder, "transforms.json") if capture else path["train"]
@@ -460,8 +461,11 @@ def load_scene(folder, downscale=1):
                             "; ".join(skipped) or "a radiance field needs several views")
     origin = np.array([view.camera[3:12:4] for view in train])
     middle = origin.mean(0)
-    if capture and np.linalg.norm(origin - middle, axis=1).max() < 1e-4 * (1 + np.linalg.norm(middle)):
-        raise UserError(f"{source}: all cameras are in one place", "depth shows only from several places")
+    reach, away = np.linalg.norm(origin - middle, axis=1).max(), np.linalg.norm(middle)
+    if capture and reach < 1e-4 * (1 + away):
+        raise UserError(f"{source}: all cameras are in one place as seen from the origin: within {reach:.3g} units, "
+                        f"{away:.3g} units away from it", "depth shows only from several places; if they are several, "
+                        "subtract their mean from all positions")
     alpha = "mask" if capture else "background"
     return types.SimpleNamespace(train=pack_views(train, alpha), test=pack_views(test, alpha), split=split,
                                  capture=capture, placement=placement, skipped=skipped, points=read_points(folder))
@@ -474,8 +478,9 @@ def read_points(folder):
         return np.zeros((0, 3), np.float32)
     with refusing(f"{path} is not usable", "it is the points that never move; remove it"):
         points = np.load(path)                       # which takes no pickles
-        if points.ndim != 2 or points.shape[1] != 3 or points.dtype.kind != "f" or not np.abs(points).max() < 1e9:
-            raise ValueError("it does not hold an [n, 3] array of finite numbers")
+        if points.ndim != 2 or not len(points) or points.shape[1] != 3 or points.dtype.kind != "f" or (
+                not np.abs(points).max() < 1e9):
+            raise ValueError("it does not hold an [n, 3] array of finite numbers, n > 0")
         return points.astype(np.float32)
 
 
@@ -2213,7 +2218,8 @@ def command_train(args):
     else:
         out = run_folder(args.out, args.scene, args.overwrite)
     start = time.perf_counter()
-    scene = load_scene(args.scene, args.downscale)
+    moved = f"where has it moved? train SCENE --resume {out} takes it from there" if resume else None
+    scene = load_scene(args.scene, args.downscale, moved)
     space, (_, width, height, _) = place_scene(scene), scene.train.size[0]
     for line in scene.skipped:
         print(f"{args.scene}: {line}")
@@ -2224,7 +2230,7 @@ def command_train(args):
     if resume:
         if (n_photos, checksum) != (old["n_photos"], old["views"]):
             raise UserError(f"{args.scene} is not what {out} is trained on: it has other views, poses or sizes",
-                            "where has that folder moved? train SCENE --resume RUN takes it from there")
+                            moved)
         space = types.SimpleNamespace(**old["space"])
     arch, device = start_taichi(args.arch)
     print(f"tinynerf {VERSION} on {arch} ({device}), Taichi {'.'.join(map(str, ti.__version__))}")
@@ -2417,7 +2423,8 @@ def command_eval(args):
     """tinynerf.py eval: measure a run folder's model on the held-out views again; changes nothing."""
     arch, device = start_taichi(args.arch)
     m, info, _ = load_model(args.run, "cpu" if arch == "cpu" else "gpu", training=True)
-    scene = load_scene(args.scene or info["scene"], info["downscale"])
+    scene = load_scene(args.scene or info["scene"], info["downscale"],
+                       f"where has it moved? eval {args.run} --scene SCENE takes it from there")
     metrics = measure(m, scene.test)
     width, height = metrics["image_size"]
     print(f"{metrics['psnr']:.2f} dB, SSIM {metrics['ssim']:.4f} on {metrics['n_views']} views ({scene.split}, white "
