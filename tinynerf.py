@@ -1580,8 +1580,8 @@ def start_tile(m, n_rays, first):
 
 
 def render_tiles(m, camera, width, height, lens=0):
-    """Render one view, tile by tile, each of as many rays as there are buffers for: yields (first pixel, rgb [n, 3]
-    over white, depth [n] in world units, inf where empty). camera and lens: see aim()."""
+    """Render one view, tile by tile, each of as many rays as there are buffers for: yields (rgb [n, 3] over white,
+    depth [n] in world units, inf where empty). camera and lens: see aim()."""
     n_pixels, tile = width * height, min(m.settings["rays"], m.settings["march"] // 8)
     aim(m, camera, width, height, lens)
     for first in range(0, n_pixels, tile):
@@ -1591,12 +1591,12 @@ def render_tiles(m, camera, width, height, lens=0):
         pixel = m.pixel.to_numpy()[:4 * n_rays].reshape(n_rays, 4)
         opacity = 1.0 - pixel[:, 3]
         depth = np.where(opacity > 0.5, m.depth.to_numpy()[:n_rays] / np.maximum(opacity, 0.5), np.inf)
-        yield first, pixel[:, :3] + pixel[:, 3:], depth * m.space.side
+        yield pixel[:, :3] + pixel[:, 3:], depth * m.space.side
 
 
 def render_view(m, camera, width, height, lens=0):
     """All of render_tiles: (rgb [height, width, 3], depth [height, width])."""
-    _, rgb, depth = zip(*render_tiles(m, camera, width, height, lens))
+    rgb, depth = zip(*render_tiles(m, camera, width, height, lens))
     return np.concatenate(rgb).reshape(height, width, 3), np.concatenate(depth).reshape(height, width)
 
 
@@ -1637,22 +1637,35 @@ def ssim(image, truth):
                          / ((mean_x**2 + mean_y**2 + 1e-4) * (var_x + var_y + 9e-4))))
 
 
-def evaluate(m, views, each=lambda i, rgb, depth, truth: None):
-    """Render every view and compare: psnr, ssim, psnr_per_view, render_seconds_per_view; `each` gets every picture.
-    Pixels that a mask leaves out do not count; of SSIM's image they are those of the truth."""
-    psnrs, ssims, seconds = [], [], 0.0
-    for i, (_, width, height, lens) in enumerate(views.size):
-        start = time.perf_counter()
-        set_moment(m, views.time[i])
-        rgb, depth = render_view(m, views.camera[i], width, height, lens)
-        seconds += time.perf_counter() - start
-        rgba = view_image(views, i)
-        truth, counts = over_white(rgba), (rgba[..., 3:] == 255) | (views.alpha != "mask")
-        psnrs.append(psnr(rgb, truth, counts))
-        ssims.append(ssim(np.where(counts, rgb, truth), truth) if min(width, height) >= 11 else float("nan"))
-        each(i, rgb, depth, truth)
-    return dict(psnr=float(np.mean(psnrs)), ssim=float(np.mean(ssims)), psnr_per_view=psnrs,
-                render_seconds_per_view=seconds / len(psnrs))
+def evaluate(m, views, out=None):
+    """Render every view and compare: psnr, ssim, psnr_per_view, render_seconds_per_view. Pixels that a mask leaves out
+    do not count; of SSIM's image they are those of the truth. ssim is None where all views are too small for it. With
+    `out`, the pictures are left there: test/*.png, compare.png (truth | render | error, three views) and depth.png."""
+    n, psnrs, ssims, rows, seconds = len(views.size), [], [], [], 0.0
+    if out is not None:
+        shutil.rmtree(os.path.join(out, "test"), ignore_errors=True)         # of a run that this one overwrites
+        os.makedirs(os.path.join(out, "test"), exist_ok=True)
+    with progress_bar("test", n) as show:
+        for i, (_, width, height, lens) in enumerate(views.size):
+            start = time.perf_counter()
+            set_moment(m, views.time[i])
+            rgb, depth = render_view(m, views.camera[i], width, height, lens)
+            seconds += time.perf_counter() - start
+            rgba = view_image(views, i)
+            truth, counts = over_white(rgba), (rgba[..., 3:] == 255) | (views.alpha != "mask")
+            psnrs.append(psnr(rgb, truth, counts))
+            ssims += [ssim(np.where(counts, rgb, truth), truth)] if min(width, height) >= 11 else []
+            if out is not None:
+                imageio.imwrite(os.path.join(out, "test", f"{i:03d}.png"), to_bytes(rgb))
+                if i in (0, n // 3, 2 * n // 3) and tuple(views.size[i, 1:3]) == tuple(views.size[0, 1:3]):
+                    rows.append(np.concatenate([truth, np.clip(rgb, 0, 1), np.abs(np.clip(rgb, 0, 1) - truth)], 1))
+                if i == 0:
+                    imageio.imwrite(os.path.join(out, "depth.png"), depth_image(depth, *depth_range(depth)))
+            show(i + 1)
+    if out is not None:
+        imageio.imwrite(os.path.join(out, "compare.png"), to_bytes(np.concatenate(rows)))
+    return dict(psnr=float(np.mean(psnrs)), ssim=float(np.mean(ssims)) if ssims else None, psnr_per_view=psnrs,
+                render_seconds_per_view=seconds / n)
 
 
 def evaluate_fitted(m, views, n_steps=50, n_rays=512):
@@ -1661,24 +1674,26 @@ def evaluate_fitted(m, views, n_steps=50, n_rays=512):
     leave something of there; None if there are none."""
     neutral, psnrs, rng = neutral_code(m), [], np.random.default_rng(0)
     ray_pixel, params = np.zeros(m.settings["rays"], np.int32), m.params.to_numpy()
-    for i, (_, width, height, lens) in enumerate(views.size):
-        view = select_views(views, np.arange(len(views.size)) == i)
-        on_device, n = upload_views(m, view), min(n_rays, m.settings["rays"])
-        m.moment.fill(0.0)
-        m.grad_params.fill(0.0)                                  # the table gets none here, nor is it cleared
-        for step in range(n_steps):
-            k.list_pixels(n, 0, m.ray_pixel, m.ray_view, m.ray_code)
-            ray_pixel[:n] = rng.integers(0, height, n) * width + rng.integers(0, max(width // 2, 1), n)
-            m.ray_pixel.from_numpy(ray_pixel)
-            compare(m, n, on_device, 0, step, neutral)
-            k.composite_backward(n, m.ray_span, m.sample, m.rgb_sigma, m.pixel, m.grad_pixel, m.grad_rgb_sigma)
-            color_backward(m, neutral)
-            adam(m, step + 1, 10.0 * LEARNING_RATE)              # codes are small numbers: see k.CODE_SCALE
-        rgb, _ = render_view(m, views.camera[i], width, height, lens)
-        rgba, right = view_image(views, i), np.arange(width)[:, None] >= width // 2
-        counts = right & ((rgba[..., 3:] == 255) | (views.alpha != "mask"))
-        psnrs += [psnr(rgb, over_white(rgba), counts)] if counts.any() else []
-        m.params.from_numpy(params)
+    with progress_bar("fit", len(views.size)) as show:
+        for i, (_, width, height, lens) in enumerate(views.size):
+            view = select_views(views, np.arange(len(views.size)) == i)
+            on_device, n = upload_views(m, view), min(n_rays, m.settings["rays"])
+            m.moment.fill(0.0)
+            m.grad_params.fill(0.0)                              # the table gets none here, nor is it cleared
+            for step in range(n_steps):
+                k.list_pixels(n, 0, m.ray_pixel, m.ray_view, m.ray_code)
+                ray_pixel[:n] = rng.integers(0, height, n) * width + rng.integers(0, max(width // 2, 1), n)
+                m.ray_pixel.from_numpy(ray_pixel)
+                compare(m, n, on_device, 0, step, neutral)
+                k.composite_backward(n, m.ray_span, m.sample, m.rgb_sigma, m.pixel, m.grad_pixel, m.grad_rgb_sigma)
+                color_backward(m, neutral)
+                adam(m, step + 1, 10.0 * LEARNING_RATE)          # codes are small numbers: see k.CODE_SCALE
+            rgb, _ = render_view(m, views.camera[i], width, height, lens)
+            rgba, right = view_image(views, i), np.arange(width)[:, None] >= width // 2
+            counts = right & ((rgba[..., 3:] == 255) | (views.alpha != "mask"))
+            psnrs += [psnr(rgb, over_white(rgba), counts)] if counts.any() else []
+            m.params.from_numpy(params)
+            show(i + 1)
     return float(np.mean(psnrs)) if psnrs else None
 
 
@@ -2032,13 +2047,15 @@ def write_frames(path, frames, n_frames):
     if ending not in ("", ".mp4", ".gif"):
         raise UserError(f"cannot write a video as {path}", "end the name in .mp4 or .gif, or give a folder for PNGs")
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    with progress_bar("render") as bar:
-        task = bar.add_task("render", total=n_frames, note="")
+    with progress_bar("render", n_frames) as show:
         if ending == "":
             os.makedirs(path, exist_ok=True)
             for i, frame in enumerate(frames):
                 imageio.imwrite(os.path.join(path, f"{i:04d}.png"), frame)
-                bar.update(task, advance=1)
+                show(i + 1)
+            while os.path.exists(beyond := os.path.join(path, f"{n_frames:04d}.png")):   # of a longer, older path
+                os.remove(beyond)
+                n_frames += 1
             return path
         if ending == ".mp4":
             try:
@@ -2050,10 +2067,10 @@ def write_frames(path, frames, n_frames):
 
         def even():
             """One frame at a time, with even sizes, as H.264 wants them."""
-            for frame in frames:
+            for i, frame in enumerate(frames):
                 height, width = frame.shape[:2]
                 yield np.pad(frame, [(0, height % 2), (0, width % 2)] + [(0, 0)] * (frame.ndim - 2), "edge")
-                bar.update(task, advance=1)
+                show(i + 1)
         with replacing(path) as part:
             if ending == ".gif":
                 imageio.imwrite(part, list(even()), duration=1000 / 24, loop=0)
@@ -2170,11 +2187,23 @@ def check_fits(what, need, hint):
         raise UserError(f"{what} needs {need:.0f} MB of memory, and this machine has {free:.0f} MB free", hint)
 
 
-def progress_bar(text):
-    """A rich progress bar, silent where the output is not a terminal."""
-    columns = (rich.progress.TextColumn(text), rich.progress.BarColumn(), rich.progress.TaskProgressColumn(),
+@contextlib.contextmanager
+def progress_bar(text, total, wait=10.0):
+    """A function to show how much of a total is done, with a note: a rich progress bar, or where the output is not a
+    terminal a line every 10 seconds, the first after `wait`."""
+    columns = (rich.progress.TextColumn(f"{text:6}"), rich.progress.BarColumn(), rich.progress.TaskProgressColumn(),
                rich.progress.TextColumn("{task.fields[note]}"), rich.progress.TimeRemainingColumn())
-    return rich.progress.Progress(*columns, disable=not sys.stdout.isatty(), transient=True)
+    due = time.monotonic() + wait
+    with rich.progress.Progress(*columns, disable=not sys.stdout.isatty(), transient=True) as bar:
+        task = bar.add_task(text, total=total, note="")
+
+        def show(done, note=""):
+            nonlocal due
+            bar.update(task, completed=done, note=note)
+            if bar.disable and time.monotonic() >= due:
+                due = time.monotonic() + 10.0
+                print(note or f"{text}: {done} of {total}", flush=True)
+        yield show
 
 
 def run_folder(out, scene, overwrite):
@@ -2192,17 +2221,6 @@ def run_folder(out, scene, overwrite):
         if not is_run:
             raise UserError(f"{out} exists and is no run folder: it will not be overwritten", "choose another --out")
     return out
-
-
-@contextlib.contextmanager
-def discarding(out):
-    """A run that fails before its first checkpoint leaves nothing behind."""
-    try:
-        yield
-    except UserError:
-        with contextlib.suppress(OSError):           # there is something in it, or it is gone
-            os.rmdir(out)
-        raise
 
 
 def command_train(args):
@@ -2257,17 +2275,13 @@ def command_train(args):
         with open(log_path, newline="", encoding="utf-8", errors="replace") as file:
             found = ((row, re.fullmatch(r"(\d{1,9}),\d+\.\d+,\d+(\.\d+)?(e-\d+)?,-?\d+\.\d+\r\n", row)) for row in file)
             rows += [row for row, match in found if match and int(match[1]) <= old["state"]["step"]]
-    with discarding(out), progress_bar("train ") as bar:
-        task, printed, saved = bar.add_task("train", total=1.0, note=""), [0.0], [time.monotonic()]
-        watched = [0.0]
+    with progress_bar("train", 1.0, wait=0.0) as show:
+        saved, watched = [time.monotonic()], [0.0]
 
         def report(progress, step, seconds, loss, psnr, samples_per_second, n_rays):
             rows.append(f"{step},{seconds:.3f},{loss:.6g},{psnr:.3f}\r\n")
-            note = f"step {step}  psnr {psnr:5.2f} dB  {samples_per_second / 1e6:.2f} M samples/s"
-            bar.update(task, completed=progress, note=note)
-            if bar.disable and seconds >= printed[0]:
-                printed[0] = seconds + 10.0
-                print(f"{note}  {seconds:.0f} s", flush=True)
+            show(progress, f"step {step}  psnr {psnr:5.2f} dB  {samples_per_second / 1e6:.2f} M samples/s  "
+                           f"{seconds:.0f} s")
 
         def keep(state):
             """A checkpoint after the first step, now and then, and at the end."""
@@ -2297,6 +2311,10 @@ def command_train(args):
         signal.signal(signal.SIGINT, interrupt)
         try:
             total = train(m, views, args.seed, **{unit: target}, report=report, keep=keep, resume=resume)
+        except BaseException:                        # before its first checkpoint a run leaves nothing behind
+            with contextlib.suppress(OSError):       # there is something in it, or it is gone
+                os.rmdir(out)
+            raise
         finally:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -2328,9 +2346,10 @@ def command_train(args):
         os.remove(os.path.join(out, "checkpoint.npz"))
     print(f"| scene | PSNR | SSIM | views | size | steps | train s | compile s | M samples/s | s per view | machine |\n"
           f"|---|---|---|---|---|---|---|---|---|---|---|\n"
-          f"| {os.path.basename(os.path.abspath(args.scene))} | {metrics['psnr']:.2f} dB | {metrics['ssim']:.4f} "
-          f"| {metrics['n_views']} {scene.split}, white | {width}x{height} | {total['steps']} "
-          f"| {total['train_seconds']:.1f} | {total['compile_seconds']:.1f} "
+          f"| {os.path.basename(os.path.abspath(args.scene))} | {metrics['psnr']:.2f} dB "
+          f"| {'-' if metrics['ssim'] is None else format(metrics['ssim'], '.4f')} "
+          f"| {metrics['n_views']} {scene.split}, white | {metrics['image_size'][0]}x{metrics['image_size'][1]} "
+          f"| {total['steps']} | {total['train_seconds']:.1f} | {total['compile_seconds']:.1f} "
           f"| {metrics['samples_per_second'] / 1e6:.2f} | {metrics['render_seconds_per_view']:.2f} "
           f"| {arch}, {device} |")
     print(f"{total['rays_dropped']} of {total['rays'] + total['rays_dropped']} rays dropped; "
@@ -2338,33 +2357,12 @@ def command_train(args):
 
 
 def measure(m, views, out=None):
-    """Evaluate the held-out views into the metrics that train and eval share; with `out`, leave the pictures there:
-    test/*.png, compare.png (truth | render | error, three views) and depth.png."""
-    n = len(views.size)
-    rows, shown = [], {0, n // 3, 2 * n // 3}
-    with progress_bar("test  ") as bar:
-        task = bar.add_task("test", total=n, note="")
-
-        def each(i, rgb, depth, truth):
-            if out is not None:
-                imageio.imwrite(os.path.join(out, "test", f"{i:03d}.png"), to_bytes(rgb))
-                if i in shown and tuple(views.size[i, 1:3]) == tuple(views.size[0, 1:3]):
-                    rows.append(np.concatenate([truth, np.clip(rgb, 0, 1), np.abs(np.clip(rgb, 0, 1) - truth)], 1))
-                if i == 0:
-                    imageio.imwrite(os.path.join(out, "depth.png"), depth_image(depth, *depth_range(depth)))
-            bar.update(task, advance=1)
-
-        if out is not None:
-            shutil.rmtree(os.path.join(out, "test"), ignore_errors=True)     # of a run that this one overwrites
-            os.makedirs(os.path.join(out, "test"))
-        metrics = evaluate(m, views, each)
-        fitted = evaluate_fitted(m, views) if m.n_code else None
-        if fitted is not None:
-            metrics["psnr_fitted"] = fitted
-            print(f"{metrics['psnr_fitted']:.2f} dB on the views' right halves, their codes fitted to the left halves")
-    if out is not None:
-        imageio.imwrite(os.path.join(out, "compare.png"), to_bytes(np.concatenate(rows)))
-    return dict(metrics, n_views=n, image_size=views.size[0, 1:3].tolist(), background="white")
+    """What train and eval say alike of the held-out views: evaluate(), and the codes' part in it."""
+    metrics, fitted = evaluate(m, views, out), evaluate_fitted(m, views) if m.n_code else None
+    if fitted is not None:
+        metrics["psnr_fitted"] = fitted
+        print(f"{fitted:.2f} dB on the views' right halves, their codes fitted to the left halves")
+    return dict(metrics, n_views=len(views.size), image_size=views.size[0, 1:3].tolist(), background="white")
 
 
 def command_render(args):
@@ -2427,9 +2425,9 @@ def command_eval(args):
                        f"where has it moved? eval {args.run} --scene SCENE takes it from there")
     metrics = measure(m, scene.test)
     width, height = metrics["image_size"]
-    print(f"{metrics['psnr']:.2f} dB, SSIM {metrics['ssim']:.4f} on {metrics['n_views']} views ({scene.split}, white "
-          f"background, {width}x{height}), {metrics['render_seconds_per_view']:.2f} s a view "
-          f"on {arch} ({device})")
+    print(f"{metrics['psnr']:.2f} dB, SSIM {'-' if metrics['ssim'] is None else format(metrics['ssim'], '.4f')} on "
+          f"{metrics['n_views']} views ({scene.split}, white background, {width}x{height}), "
+          f"{metrics['render_seconds_per_view']:.2f} s a view on {arch} ({device})")
 
 
 def extract_mesh(m, resolution):
@@ -2529,7 +2527,7 @@ def count_tiles(m, camera, width, height):
         k.count_samples(n_rays, k.END, *step, m.space.unbounded, grid, m.ray, m.ray_step, m.pixel, m.occupancy,
                         m.march_span)
         count = m.march_span.to_numpy()[1:2 * n_rays:2]
-        yield first, np.repeat(1.0 - np.exp(-count[:, None] / 50.0), 3, 1), None
+        yield np.repeat(1.0 - np.exp(-count[:, None] / 50.0), 3, 1), None
 
 
 class Window:
@@ -2643,7 +2641,7 @@ class Window:
         self.camera[:12] = look_at(self.at, self.target, self.up)
         camera, start = resize_camera(self.camera, self.size, small), time.perf_counter()
         rgb, depth = [], []
-        for _, tile, tile_depth in (count_tiles if self.mode == "o" else render_tiles)(self.m, camera, *small):
+        for tile, tile_depth in (count_tiles if self.mode == "o" else render_tiles)(self.m, camera, *small):
             rgb.append(tile)
             depth.append(tile_depth)
             if not moving and self.poll():
