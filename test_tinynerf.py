@@ -4310,8 +4310,9 @@ def test_does_not_fit(tiny, monkeypatch, capsys):
     assert not os.path.exists("other")
 
 
-def test_nothing_to_see(tiny, capsys):
-    """A scene that is all transparent, or that no camera looks at, is trained on, or leaves half a run."""
+def test_nothing_to_see(tiny, capsys, monkeypatch):
+    """A scene that is all transparent, or that no camera looks at, is trained on, or leaves half a run; or Ctrl-C at
+    the beginning does."""
     meta = json.loads((tiny / "scene" / "transforms_train.json").read_text())
     for frame in meta["frames"]:                     # away from the box
         frame["transform_matrix"] = (np.array(frame["transform_matrix"]) * [-1, 1, -1, 1]).tolist()
@@ -4330,17 +4331,41 @@ def test_nothing_to_see(tiny, capsys):
         assert not os.path.exists("run") and set(os.listdir("mine")) == {"log.csv", "model.npz"}
         assert (tiny / "mine" / "log.csv").read_text() == "of an earlier run"
 
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(tinynerf, "train", interrupt)
+    assert command("train", "scene", "--out", "run", "--steps", 9) == 130 and not os.path.exists("run")
+
+
+@pytest.mark.parametrize("what", ["name", "width", "place"])
+def test_would_not_load(tiny, capsys, what):
+    """A run trains although its model could not be loaded again."""
+    if what == "name":
+        os.rename("scene", "bell\a")
+    elif what == "width":
+        imageio.imwrite("scene/train/r_0.png", np.zeros((1, 2**15 + 1, 3), np.uint8))
+    else:
+        change_json(tiny / "scene" / "transforms_train.json", lambda meta: [
+            frame["transform_matrix"][0].__setitem__(3, 1e8) for frame in meta["frames"]])
+    assert "could be read again" in fails(capsys, "train", "bell\a" if what == "name" else "scene", "--steps", 1)
+    assert not os.path.exists("runs")
+
 
 @pytest.mark.parametrize("at, word", [(5, "not a finite number at step 6"), (8, "the model is not finite at step 8")])
 def test_not_finite(tiny, monkeypatch, capsys, at, word):
-    """A run whose loss is no number goes on, says another step than the first, or spoils its checkpoint."""
+    """A run whose loss is no number goes on, says another step than the first, or spoils its checkpoint; or the results
+    of a run that it overwrites are left beside its own."""
     monkeypatch.setattr(tinynerf, "CHECKPOINT_SECONDS", 0)
 
     def spoil(m):                                    # what it leads to shows in the next step
         m.grad_params.from_numpy(np.full_like(m.grad_params.to_numpy(), np.inf))
     in_step(monkeypatch, at, spoil)
-    assert word in fails(capsys, "train", "scene", "--out", "run", "--steps", 60)
-    assert checkpoint()[0]["state"]["step"] == 4 and not os.path.exists("run/model.npz")
+    (tiny / "run").mkdir()
+    for name in ("log.csv", "model.npz", "metrics.json"):
+        (tiny / "run" / name).write_text("of an earlier run")
+    assert word in fails(capsys, "train", "scene", "--out", "run", "--overwrite", "--steps", 60)
+    assert sorted(os.listdir("run")) == ["checkpoint.npz", "log.csv"]
+    assert checkpoint()[0]["state"]["step"] == 4
 
 
 @pytest.mark.parametrize("trouble", ["full", "cannot sync", "cannot replace", "removed"])
@@ -4413,7 +4438,7 @@ def test_static_points(tiny):
     assert np.array_equal(m.time.to_numpy(), scene.train.time)
 
 
-def test_two_at_once(tiny, monkeypatch):
+def test_two_at_once(tiny, monkeypatch, capsys):
     """Two runs of a scene that begin together write to one folder."""
     make_model = tinynerf.make_model
 
@@ -4425,6 +4450,54 @@ def test_two_at_once(tiny, monkeypatch):
     monkeypatch.setattr(tinynerf, "write_frames", lambda path, frames, n_frames: path)
     assert command("train", "scene", "--steps", 1) == 0
     assert os.listdir("runs/scene") == [] and "model.npz" in os.listdir("runs/scene-2")
+    monkeypatch.setattr(tinynerf, "make_model", make_model)
+    monkeypatch.setattr(tinynerf, "run_folder", lambda *arguments: "runs/scene")         # made since it looked
+    assert "cannot make runs/scene" in fails(capsys, "train", "scene", "--steps", 1)
+    assert os.listdir("runs/scene") == []
+
+
+def test_metrics_first(tiny, monkeypatch, capsys):
+    """What was measured is lost when the video fails; or measures that are not there are no JSON."""
+    def fail(path, frames, n_frames):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(tinynerf, "measure", lambda m, views, out: dict(NO_METRICS, ssim=None))
+    monkeypatch.setattr(tinynerf, "write_frames", fail)
+    assert "No space left" in fails(capsys, "train", "scene", "--out", "run", "--steps", 1)
+    metrics = json.loads((tiny / "run" / "metrics.json").read_text())
+    assert metrics["ssim"] is None and metrics["steps"] == 1
+    monkeypatch.setattr(tinynerf, "write_frames", lambda path, frames, n_frames: path)
+    assert command("train", "--resume", "run") == 0 and "| - | 0.0 test, white | 7x5 |" in capsys.readouterr().out
+
+
+def test_progress(capsys):
+    """Long work says nothing where the output is not a terminal, or too much."""
+    with tinynerf.progress_bar("test", 3, wait=0.0) as show:
+        show(1)
+        show(2)
+    with tinynerf.progress_bar("test", 3) as show:
+        show(1)
+    assert capsys.readouterr().out == "test: 1 of 3\n"
+
+
+@pytest.mark.parametrize("n", [3, 4])
+def test_replacing(tmp_path, monkeypatch, n):
+    """A file that somebody has open on Windows is given up at once, is waited for forever, or is lost."""
+    path, replace, tries = tmp_path / "a.png", os.replace, []
+
+    def held(*names):
+        tries.append(names)
+        if len(tries) <= n:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        replace(*names)
+    monkeypatch.setattr(os, "replace", held)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    path.write_text("old")
+    with contextlib.nullcontext() if n == 3 else pytest.raises(tinynerf.UserError, match="cannot write"):
+        with tinynerf.replacing(str(path)) as part:
+            assert part.endswith("a.part.png")
+            with open(part, "w") as file:
+                file.write("new")
+    assert path.read_text() == ("new" if n == 3 else "old") and os.listdir(tmp_path) == ["a.png"]
 
 
 def test_video(tmp_path):

@@ -1843,11 +1843,8 @@ def save_model(path, m, info, cameras):
                 **{f"camera_{name}": camera for name, camera in cameras.items()})
 
 
-def load_model(folder, machine, training=False):
-    """The model of a run folder, ready to render on this machine ("cpu" or "gpu"): (Model, info, cameras)."""
-    path = os.path.join(folder, "model.npz")
-    info, arrays = read_arrays(path, machine)
-    space, cameras = types.SimpleNamespace(**info["space"]), {n[7:]: a for n, a in arrays.items() if n[:7] == "camera_"}
+def check_cameras(cameras, space):
+    """ValueError if the cameras of a model, see save_model, are not sound."""
     size, sound = cameras["test_size"], True
     for camera in (cameras["train"], cameras["test"]):
         pose = to_cube(camera, space)[:, :12].reshape(-1, 3, 4)
@@ -1855,7 +1852,16 @@ def load_model(folder, machine, training=False):
         sound = (sound and len(pose) and np.abs(pose).max() < 1e6 and np.abs(turned - np.eye(3)).max() < 0.1
                  and np.abs(camera).max() < 1e9 and camera[:, 12:14].min() > 1e-6)
     if not (sound and len(size) == len(pose) and 1 <= size[:, 1:3].min() <= size[:, 1:3].max() <= 2**15):
-        raise UserError(f"{path} has cameras that cannot be", "copy it again, or train again")
+        raise ValueError("it has cameras that cannot be")
+
+
+def load_model(folder, machine, training=False):
+    """The model of a run folder, ready to render on this machine ("cpu" or "gpu"): (Model, info, cameras)."""
+    path = os.path.join(folder, "model.npz")
+    info, arrays = read_arrays(path, machine)
+    space, cameras = types.SimpleNamespace(**info["space"]), {n[7:]: a for n, a in arrays.items() if n[:7] == "camera_"}
+    with refusing(f"{path} is not usable", "copy it again, or train again"):
+        check_cameras(cameras, space)
     make, settings = MODELS[info["model"]].make, {**machine_settings(info["model"], machine), **info["settings"]}
     arguments = settings, space, info["n_photos"], info["n_levels"], training
     if machine == "cpu":
@@ -2260,6 +2266,12 @@ def command_train(args):
                 n_levels=m.n_levels, n_photos=m.n_photos, space=vars(space), width=int(width), height=int(height),
                 split=scene.split,
                 settings={name: settings[name] for name in {**MODEL_INFO, **MODELS[m.name].info}["settings"]})
+    cameras = dict(train=scene.train.camera, test=scene.test.camera, test_size=scene.test.size,
+                   **(dict(test_time=scene.test.time) if m.moves else {}))
+    with refusing("no model of this scene could be read again",
+                  "give its folder a plain name, images at most 32768 pixels a side, and poses in sensible units"):
+        believe(info, {**MODEL_INFO, **MODELS[m.name].info})
+        check_cameras(cameras, space)
 
     interrupted = []                                 # by Ctrl-C, the first of which is only noted
 
@@ -2269,7 +2281,8 @@ def command_train(args):
 
     if not resume:                                   # the one there was may be that of another run by now
         out = run_folder(args.out, args.scene, args.overwrite)
-    os.makedirs(out, exist_ok=True)
+    with refusing(f"cannot make {out}", "has another run just made it? choose another --out"):
+        os.makedirs(out, exist_ok=bool(resume or args.out and args.overwrite))
     log_path, rows = os.path.join(out, "log.csv"), ["step,seconds,loss,psnr\r\n"]
     if resume and os.path.exists(log_path):          # go on behind the checkpoint's row; a killed run went further
         with open(log_path, newline="", encoding="utf-8", errors="replace") as file:
@@ -2296,13 +2309,16 @@ def command_train(args):
                 save_arrays(os.path.join(out, "checkpoint.npz"), dict(
                     info, seed=args.seed, views=checksum, target=target, unit=unit, arch=arch, state=state), **kept)
                 saved[0] = time.monotonic()
+                if state["step"] == 1:               # what there is of an older run is not this one's
+                    for name in ("model.npz", "metrics.json"):
+                        with contextlib.suppress(OSError):
+                            os.remove(os.path.join(out, name))
             if args.watch and time.monotonic() > watched[0] + WATCH_SECONDS:
-                _, width, height, lens = scene.test.size[0]
-                small = max(1, round(width / 200))
+                _, *size, lens = scene.test.size[0]
+                small = [max(side // max(1, round(size[0] / 200)), 1) for side in size]
                 set_moment(m, scene.test.time[0])    # no step looks at what this writes
                 with glance(m):
-                    rgb, _ = render_view(m, resize_camera(scene.test.camera[0], (width, height), (
-                        width // small, height // small)), width // small, height // small, lens)
+                    rgb, _ = render_view(m, resize_camera(scene.test.camera[0], size, small), *small, lens)
                 with contextlib.suppress(UserError), replacing(os.path.join(out, "live.png")) as part:
                     imageio.imwrite(part, to_bytes(rgb))         # a viewer that does not let go of it must not end this
                 watched[0] = time.monotonic()
@@ -2320,8 +2336,6 @@ def command_train(args):
 
     if not total["complete"]:
         print(f"interrupted at step {total['steps']}: 'train --resume {out}' goes on; the result so far follows")
-    cameras = dict(train=scene.train.camera, test=scene.test.camera, test_size=scene.test.size,
-                   **(dict(test_time=scene.test.time) if m.moves else {}))
     save_model(os.path.join(out, "model.npz"), m, info, cameras)
 
     draw_history(os.path.join(out, "history.png"), rows[1:])
@@ -2331,6 +2345,10 @@ def command_train(args):
                    compile_seconds=total["compile_seconds"],
                    samples_per_second=total["samples"] / total["train_seconds"],
                    rays_per_second=total["rays"] / total["train_seconds"], rays_dropped=total["rays_dropped"])
+    metrics.update(peak_memory_mb=peak_memory_mb(), arch=arch, device=device, seed=args.seed,
+                   taichi=".".join(map(str, ti.__version__)), version=VERSION)
+    with replacing(os.path.join(out, "metrics.json")) as part:   # before the video, which may fail
+        pathlib.Path(part).write_bytes(json.dumps(metrics, indent=1).encode())
     path = orbit_cameras(scene.train.camera, settings["frames"])
 
     def frames():
@@ -2338,10 +2356,6 @@ def command_train(args):
             set_moment(m, moment)
             yield to_bytes(render_view(m, camera, width, height)[0])
     write_frames(os.path.join(out, "orbit.mp4"), frames(), len(path))
-    metrics.update(peak_memory_mb=peak_memory_mb(), arch=arch, device=device, seed=args.seed,
-                   taichi=".".join(map(str, ti.__version__)), version=VERSION)
-    with replacing(os.path.join(out, "metrics.json")) as part:
-        pathlib.Path(part).write_bytes(json.dumps(metrics, indent=1).encode())
     if total["complete"]:
         os.remove(os.path.join(out, "checkpoint.npz"))
     print(f"| scene | PSNR | SSIM | views | size | steps | train s | compile s | M samples/s | s per view | machine |\n"
