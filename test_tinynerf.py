@@ -26,6 +26,7 @@ import signal
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import tracemalloc
@@ -3733,7 +3734,7 @@ def test_view_trains(tiny, monkeypatch, capsys):
     write_capture(tiny / "photos")
     monkeypatch.delenv("DISPLAY", raising=False)
     if sys.platform == "linux":
-        assert "no display" in fails(capsys, "view", "photos")
+        assert "no display" in fails(capsys, "view", "nowhere")              # the first thing that is looked for
     monkeypatch.setenv("DISPLAY", ":0")
     monkeypatch.setattr(ti, "GUI", Gui)
     shown = []
@@ -4229,7 +4230,8 @@ def mutations(whole, rng):
     yield "a bomb", packed(np.savez_compressed, params=np.zeros((2**21, 4), np.float32))
     yield "one more", packed(extra=np.zeros(3))
     file = io.BytesIO(whole)
-    with zipfile.ZipFile(file, "a") as twice, warnings.catch_warnings(action="ignore"):
+    with zipfile.ZipFile(file, "a") as twice, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         twice.writestr("params.npy", b"\x93NUMPY")
     yield "twice", file.getvalue()
     for name in set(arrays) - {"info"}:
@@ -4418,6 +4420,7 @@ def test_resume_mistakes(tiny, mistake, monkeypatch, capsys):
     in_step(monkeypatch, 1, lambda m: signal.raise_signal(signal.SIGINT))
     assert command("train", "scene", "--out", "run", "--steps", 3) == 0
     os.remove("run/model.npz")                       # as if it had been killed
+    monkeypatch.setenv("DISPLAY", ":0")
     capsys.readouterr()
     for name in ("render", "view"):
         assert command(name, "run") == 2 and "'train --resume run' goes on" in capsys.readouterr().err
@@ -4550,6 +4553,21 @@ def test_readme_commands_parse():
     assert commands, "README.md shows no command"
     for command in commands:
         tinynerf.parse_args(shlex.split(command, comments=True))
+    args = tinynerf.parse_args(["train", "~/photos", "--out=~/run"])
+    assert (args.scene, args.out) == tuple(os.path.join(os.path.expanduser("~"), name) for name in ("photos", "run"))
+
+
+def test_poor_systems(tmp_path, monkeypatch):
+    """Without HOME, without a library of the system, or where a name cannot be printed, there is a traceback."""
+    (tmp_path / "taichi.py").write_text('import os\nraise ImportError("no libX11, " + os.environ["XDG_CACHE_HOME"])')
+    env = {name: value for name, value in os.environ.items() if name not in ("HOME", "XDG_CACHE_HOME")}
+    done = subprocess.run([sys.executable, os.path.join(HERE, "tinynerf.py")], capture_output=True, text=True,
+                          env={**env, "PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 2, done.stderr
+    assert os.name != "posix" or f"no libX11, {tempfile.gettempdir()}" in done.stderr
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "cp1252"))
+    assert tinynerf.main(["paint"]) == 2
+    print("\u5199\udcff")
 
 
 @pytest.fixture
@@ -4757,10 +4775,16 @@ def test_model_mistakes(mistake, monkeypatch, tmp_path):
         mistake("model.npz", "render", run, "--arch", ARCH)
 
 
-def test_missing_arch(scene, mistake, restart_taichi):
-    """An arch that is asked for and not there is replaced by another one."""
+def test_missing_arch(scene, mistake, restart_taichi, monkeypatch):
+    """An arch that is asked for and not there is replaced by another one; or if there is none, nobody says why."""
     missing = "cuda" if shutil.which("sw_vers") else "metal"
     mistake(missing, "train", scene, "--steps", 1, "--arch", missing)
+
+    def fail(**options):
+        raise RuntimeError("no such instruction")
+    with monkeypatch.context() as patch:
+        patch.setattr(ti, "init", fail)
+        mistake("no such instruction", "train", scene, "--steps", 1)
 
 
 METRICS = """psnr ssim psnr_per_view n_views image_size background split steps train_seconds compile_seconds

@@ -41,6 +41,8 @@ if sys.version_info >= (3, 14):
           "          make the virtual environment with Python 3.9 to 3.13", file=sys.stderr)
     sys.exit(2)
 os.environ.setdefault("ENABLE_TAICHI_HEADER_PRINT", "False")
+if os.name == "posix" and not os.environ.get("HOME") and not os.environ.get("XDG_CACHE_HOME"):
+    os.environ["XDG_CACHE_HOME"] = tempfile.gettempdir()         # without either, Taichi aborts
 try:
     import imageio.v3 as imageio
     import numpy as np
@@ -53,6 +55,10 @@ try:
 except ModuleNotFoundError as error:
     print(f"tinynerf: the package '{error.name}' is not installed\n"
           "          run the set-up command of README.md (on Debian and Ubuntu, python3-venv first)", file=sys.stderr)
+    sys.exit(2)
+except ImportError as error:
+    print(f"tinynerf: a package cannot be loaded: {' '.join(str(error).split())[:300]}\n          install the library "
+          "of the system that is missing, such as libx11-6 of Debian and Ubuntu for libX11.so.6", file=sys.stderr)
     sys.exit(2)
 
 import kernels as k
@@ -2123,9 +2129,9 @@ def start_taichi(arch):
                 os.dup2(log.fileno(), 2)
                 with pinned_threads():
                     ti.init(arch=getattr(ti, choice), enable_fallback=False, log_level=ti.TRACE, **options)
-                started = True
-            except RuntimeError:
-                started = False
+                trouble = None
+            except RuntimeError as error:
+                trouble = error
             finally:
                 sys.stdout.flush()
                 for fd in (1, 2):
@@ -2136,15 +2142,17 @@ def start_taichi(arch):
         ti.set_logging_level(ti.WARN)
         device = next((name for name in found.groups() if name), "unknown") if found else "unknown"
         in_software = re.search("llvmpipe|lavapipe|swiftshader|basic render", device.lower())
-        if started and not (arch == "auto" and choice == "vulkan" and (in_software or device == "unknown")):
+        if not trouble and not (arch == "auto" and choice == "vulkan" and (in_software or device == "unknown")):
             return choice, cpu_name() if choice == "cpu" else device
+    if arch == "auto":
+        raise UserError(f"Taichi cannot start: {one_line(trouble)}", "README.md says on which systems it can")
     raise UserError(f"--arch {arch} is not to be had on this machine", "--arch auto takes the best that there is")
 
 
 @contextlib.contextmanager
 def pinned_threads():
-    """Threads that are started meanwhile are dealt out to the cores, for good, where that can be done (Linux). Taichi's
-    wake up for each kernel, and left alone, at times for seconds, all do so on one core."""
+    """Threads that are started meanwhile are dealt out to the cores, for good, where that can be done (Linux):
+    Taichi's, one a core, wake up for each kernel, and left alone, at times for seconds, all do so on one core."""
     def threads():
         return set(map(int, os.listdir("/proc/self/task"))) if os.path.isdir("/proc/self/task") else set()
     before = threads()
@@ -2550,8 +2558,6 @@ class Window:
 
     def __init__(self, m, cameras, size, own_size, folder):
         """cameras: [n, 22], those of training; own_size: (width, height) of their images; folder: of saved pictures."""
-        if sys.platform == "linux" and not os.environ.get("DISPLAY"):
-            raise UserError("there is no display here", "'render' makes a video; over SSH, ssh -X brings a display")
         with refusing("no window can be opened", "'render' makes a video instead"):
             self.gui = ti.GUI("tinynerf", size)
         self.m, self.size, self.folder = m, size, folder
@@ -2687,6 +2693,8 @@ class Window:
 
 def command_view(args):
     """tinynerf.py view: a window onto a run's model, or onto a scene that it trains on meanwhile."""
+    if sys.platform == "linux" and not os.environ.get("DISPLAY"):
+        raise UserError("there is no display here", "'render' makes a video; over SSH, ssh -X brings a display")
     if any(os.path.exists(os.path.join(args.what, name)) for name in ("model.npz", "checkpoint.npz")):
         arch, _ = start_taichi(args.arch)
         m, info, cameras = load_model(args.what, "cpu" if arch == "cpu" else "gpu")
@@ -3172,11 +3180,16 @@ def parse_args(argv):
         parser_export.error("a RUN is required" if not args.run else "argument --init: not allowed with a RUN")
     if args.arch is None and not vars(args).get("resume"):           # a run goes on where it began
         args.arch = "auto"
+    for name in ("scene", "resume", "out", "run", "what", "path"):   # where no shell has done so, as in --out=~/x
+        if vars(args).get(name):
+            setattr(args, name, os.path.expanduser(vars(args)[name]))
     return args
 
 
 def main(argv=None):
     """Run a command; returns the exit code: 0, or 2 for a mistake of the user."""
+    if hasattr(sys.stdout, "reconfigure"):           # a name that cannot be shown there must not end a run
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         args = parse_args(argv)
         commands = {"train": command_train, "render": command_render, "eval": command_eval, "view": command_view,

@@ -244,6 +244,8 @@ def llff_frames(folder, path):
 
 def main(argv=None):
     """0, or 2 after two lines on stderr: what is wrong, and a hint. No file is written over."""
+    if hasattr(sys.stdout, "reconfigure"):           # a name that cannot be shown there must not end in a traceback
+        sys.stdout.reconfigure(errors="backslashreplace")
     parser = argparse.ArgumentParser(prog="convert.py", description=__doc__.splitlines()[0])
     parser.add_argument("folder", help="folder with images and poses")
     parser.add_argument("-o", "--out", help="file to write (default: transforms.json in the folder)")
