@@ -3984,6 +3984,7 @@ def test_convert_places(tmp_path, rng, convert):
         assert scene["frames"][0]["file_path"] == want and scene["camera_model"] == "OPENCV"
     shutil.rmtree(tmp_path / "images")               # as LLFF leaves a folder: renamed, smaller, with the model
     os.rename(tmp_path / "images_8" / "2.png", tmp_path / "images_8" / "image000.png")
+    (tmp_path / "images_8" / "._image000.png").touch()                       # of macOS
     os.remove(tmp_path / "2.png")
     write_llff(tmp_path, some_rig(rng, ["SIMPLE_PINHOLE"]), (-1, 0))
     assert convert.convert(str(tmp_path))["frames"][0]["file_path"] == "images_8/image000.png"
@@ -4858,8 +4859,8 @@ def test_commands(tmp_path, monkeypatch, capsys, recwarn):
     assert tinynerf.main(["render", "my/run", "--arch", ARCH] + poses) == 0
     assert np.array_equal(imageio.imread("poses/0001.png"), imageio.imread(run / "test" / "001.png"))
     monkeypatch.setattr(tinynerf, "MESH_LENGTH", 0.3)
-    assert tinynerf.main(["mesh", "my/run", "--resolution", "16", "--arch", ARCH]) == 0
-    check_ply((run / "mesh.ply").read_bytes(), 1.5)
+    assert tinynerf.main(["mesh", "my/run", "--resolution", "16", "-o", "new/mesh.ply", "--arch", ARCH]) == 0
+    check_ply((tmp_path / "new" / "mesh.ply").read_bytes(), 1.5)
     capsys.readouterr()
     assert tinynerf.main(["eval", "my/run", "--arch", ARCH]) == 0
     assert f"{metrics['psnr']:.2f} dB" in capsys.readouterr().out
@@ -6382,6 +6383,7 @@ def test_export_mistakes(export_folder, mistake, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     monkeypatch.setattr(json, "dump", fail)
     mistake("No space left", "export", "--init", "out")
+    mistake("No space left", "export", "--init", "new/out")
 
     def no_driver(arch):
         raise tinynerf.UserError(f"--arch {arch} is not to be had on this machine", "")

@@ -2516,6 +2516,7 @@ def command_mesh(args):
     check_fits("the mesh", 30 * (args.resolution + 1) ** 3 / 1e6, "use a smaller --resolution")
     if not m.marches or m.moves:
         raise UserError(f"{args.run} is of --model {m.name}, which has no mesh", "mesh knows ngp and nerfw")
+    os.makedirs(os.path.dirname(out) or ".", exist_ok=True)
     place, rgb, triangles = extract_mesh(m, args.resolution)
     if not len(triangles):
         raise UserError(f"{args.run} has no surface: all of it is thin", "train it for longer")
@@ -3073,19 +3074,22 @@ def command_export(args):
     m.settings = {**m.settings, "hash_chunk": 1}     # a GPU has threads enough
     buffers = {name: dict(dtype=str(x.dtype), shape=[*x.shape, *x.element_shape])
                for name, x in named_buffers(m).items()}
-    part = f"{os.path.abspath(args.out)}.part-{os.getpid()}"
+    out = pathlib.Path(os.path.abspath(args.out))
+    root = next((path for path in (out, *out.parents) if path.parent.exists()), out)     # the first folder to make
+    part = f"{root}.part-{os.getpid()}"
+    folder = os.path.join(part, out.relative_to(root))
     try:
-        os.makedirs(os.path.join(part, "kernels"))
-        module.save(os.path.join(part, "kernels"))
+        os.makedirs(os.path.join(folder, "kernels"))
+        module.save(os.path.join(folder, "kernels"))
         for name in filled:
             buffers[name]["file"] = name + ".bin"
-            getattr(m, name).to_numpy().tofile(os.path.join(part, name + ".bin"))
-        kernels = describe_kernels(read_json(os.path.join(part, "kernels", "metadata.json")))
+            getattr(m, name).to_numpy().tofile(os.path.join(folder, name + ".bin"))
+        kernels = describe_kernels(read_json(os.path.join(folder, "kernels", "metadata.json")))
         model = dict(version=VERSION, notes=EXPORT_NOTES, settings=m.settings, space=vars(m.space), buffers=buffers,
                      launches=list_launches(m), kernels=kernels)
-        with open(os.path.join(part, "model.json"), "w", encoding="utf-8") as file:
+        with open(os.path.join(folder, "model.json"), "w", encoding="utf-8") as file:
             json.dump(model, file, indent=1)
-        os.rename(part, args.out)
+        os.rename(part, root)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise

@@ -226,7 +226,8 @@ def llff_frames(folder, path):
     if sizes != (int.from_bytes(start[8:10], "little"), os.path.getsize(path)):
         raise ValueError(f"{path}: truncated, or no NumPy file of floats [n, 17]: it starts with {start[:72]!r}")
     table, images = np.load(path, allow_pickle=False).astype(np.float64), image_folder(folder)
-    names = sorted(name for name in os.listdir(os.path.join(folder, images)) if name.lower().endswith(IMAGE_ENDINGS))
+    names = sorted(name for name in os.listdir(os.path.join(folder, images))
+                   if name.lower().endswith(IMAGE_ENDINGS) and name[0] != ".")           # ._IMG.JPG is macOS's
     if len(names) != len(table):
         raise ValueError(f"{path}: {len(table)} poses for {len(names)} images in {os.path.join(folder, images)}")
     frames = []
