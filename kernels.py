@@ -1486,8 +1486,8 @@ def code_backward(n_code: ti.i32, first: ti.i32, n_chunks: ti.i32, chunk: ti.i32
 
 @ti.func
 def sigmoid(x):
-    """1 / (1 + exp(-x)); e^89 would overflow."""
-    return 1.0 / (1.0 + ti.exp(ti.min(-x, 80.0)))
+    """1 / (1 + exp(-x)). Not clamped: what is no number has to stay none, up to the loss."""
+    return 1.0 / (1.0 + ti.exp(-x))
 
 
 @ti.kernel
