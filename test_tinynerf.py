@@ -1630,6 +1630,12 @@ def test_initialize_moving():
         assert 0 < np.abs(x[end - 64 * net.n_out:end]).max() <= 1e-3
 
 
+def fill_params(m, tensors):
+    """Parameters of a model: these arrays, one after the other."""
+    m.params.from_numpy(np.concatenate([x.ravel() for x in tensors]).astype(np.float32).reshape(-1, F))
+    tinynerf.load_weights(m)
+
+
 def small_model(rng, space=BOX, n_photos=0, **settings):
     """A model with random parameters, and these: the table [n_slots, F], the weights of the MLPs by name, the codes."""
     m = tinynerf.Model({**TINY, **COARSE, "grid": 16, **settings}, space, n_photos, len(LEVELS))
@@ -1637,28 +1643,38 @@ def small_model(rng, space=BOX, n_photos=0, **settings):
          for name, net in (("density", m.density), ("color", m.color))}
     W["density"][1][0] *= 5                          # the density spreads wide, so that some rays stop early
     table, codes = uniform(rng, m.n_slots, F), uniform(rng, n_photos + 1, m.n_code)
-    flat = np.concatenate([x.ravel() for x in (table, *W["density"], *W["color"], codes)])
-    m.params.from_numpy(flat.astype(np.float32).reshape(-1, F))
-    tinynerf.load_weights(m)
+    fill_params(m, (table, *W["density"], *W["color"], codes))
     return m, table, W, codes
 
 
-@pytest.mark.parametrize("space, limit", [(BOX, 0.01), (SPACE, 0.1)], ids=["box", "space"])
-def test_update_occupancy(rng, monkeypatch, space, limit):
-    """The occupancy grid is not made from the density of the field, or not packed from there; or other cells are dark
-    than those that no light has reached."""
+@pytest.mark.parametrize("name, space, limit, decay", [
+    ("ngp", BOX, 0.01, tinynerf.DECAY), ("ngp", SPACE, 0.1, tinynerf.DECAY), ("nerfies", BOX, 0.01, 0.992)])
+def test_update_occupancy(rng, monkeypatch, name, space, limit, decay):
+    """The occupancy grid is not made from the density of the field, of what moves that of what is in a cell at a random
+    photograph's moment; is not packed from there; other cells are dark than those that no light has reached; or what a
+    cell holds fades at another rate."""
     monkeypatch.setattr(tinynerf, "EMPTY_ALPHA", limit)
     monkeypatch.setattr(tinynerf, "DARK_AFTER", 7)   # the update is at step 8
     grid, n_cells, dark = 16, 700, np.arange(16**3) % 2 == 0
-    m, table, W, _ = small_model(rng, space, march=n_cells)
+    m = tinynerf.MODELS[name].make({**TINY, **COARSE, "grid": grid, "march": n_cells}, space, 2, 3)
+    W, table = [some_weights(rng, net.n_in, net.n_hidden, net.n_out) for net in m.mlps], uniform(rng, m.n_slots, F)
+    codes, W[0][1][0], W[-1][-1] = 10 * uniform(rng, 3, 8), 5 * W[0][1][0], 0.03 * W[-1][-1]
+    fill_params(m, (table, *itertools.chain(*W), codes))
     m.density_grid.fill(k.UNKNOWN)
     m.lit_step.from_numpy(np.where(dark, 0, 1).astype(np.int32))
     tinynerf.list_live(m, types.SimpleNamespace(cropped=False))
     tinynerf.update_occupancy(m, n_cells, 300, 5, 8)
-    x = m.march_sample.to_numpy().reshape(-1, 5)[:, :3].astype(np.float64)
-    cell, want = cell_index(x, grid), np.full(grid**3, k.UNKNOWN)
-    dt = math.sqrt(3) / 32 + space.unbounded * GROWTH / 32 * np.linalg.norm(expand_model(x) - 0.5, axis=1)
-    want[cell] = dt * field_model(table, W, x, np.tile([0, 0, 1.0], (n_cells, 1)))[:, 3]
+    x, seen = (getattr(m, b, m.march_sample).to_numpy().reshape(-1, 5)[:, :3].astype(np.float64)
+               for b in ("march_sample", "march_seen"))
+    if m.moves:
+        view = random_model(5, k.STREAM_MOMENT, 8, np.arange(n_cells))[0] % 2
+        raw = mlp_model(warp_input_model(seen, codes[view], 0.0), W[2])[-1]
+        assert_close("warped", x, np.clip(screw_model(raw, seen), 0, 1), 1e-5)
+    cell, want = cell_index(seen, grid), np.full(grid**3, k.UNKNOWN)
+    assert np.array_equal(cell, m.live_cell.to_numpy()[300:300 + n_cells])
+    dt = math.sqrt(3) / 32 + space.unbounded * GROWTH / 32 * np.linalg.norm(expand_model(seen) - 0.5, axis=1)
+    raw = mlp_model(hash_encode_model(table, x), [W[0][0][:3 * F], W[0][1]])[-1][:, 0]
+    want[cell] = dt * sigma_model(raw)
     got, threshold = m.density_grid.to_numpy(), min(limit, 0.95 * want[cell].mean())
     assert_close("update_occupancy", np.log(got), np.log(want), 1e-4)
     assert (want < threshold).sum() > 20
@@ -1666,20 +1682,9 @@ def test_update_occupancy(rng, monkeypatch, space, limit):
     assert np.array_equal(got != 0, want != 0)
     for words in (slice(0, 128), slice(-134, None)):
         assert np.array_equal(got[words], want[words])
-
-
-@pytest.mark.parametrize("name, decay", [("ngp", tinynerf.DECAY), ("nerfies", 0.992)])
-def test_update_known_cells(rng, name, decay):
-    """What a cell holds fades at another rate, or, of a model that moves, is that of the canonical scene."""
-    m = tinynerf.MODELS[name].make({**TINY, **COARSE, "grid": 16, "march": 700}, BOX, 2, 3)
-    m.params.from_numpy(uniform(rng, m.n_rows, F).astype(np.float32))
-    tinynerf.load_weights(m)
-    m.density_grid.fill(1e6)                         # more than e^15 dt
-    tinynerf.list_live(m, types.SimpleNamespace(cropped=False))
-    tinynerf.update_occupancy(m, 700, 0, 5, 8)
-    assert m.density_grid.to_numpy().min() == pytest.approx(1e6 * decay ** (4096 / 700), rel=1e-4)
-    x, seen = (getattr(m, b, m.march_sample).to_numpy().reshape(-1, 5)[:, :3] for b in ("march_sample", "march_seen"))
-    assert np.array_equal(cell_index(seen, 16), m.live_cell.to_numpy()[:700]) and (x != seen).any() == m.moves
+    m.density_grid.fill(1e8)                         # more than e^15 dt
+    tinynerf.update_occupancy(m, n_cells, 0, 5, 8)
+    assert m.density_grid.to_numpy().min() == pytest.approx(1e8 * decay ** (4096 / n_cells), rel=1e-4)
 
 
 def test_nothing_stays_dark(monkeypatch):
@@ -1778,6 +1783,8 @@ def test_full_gradient(rng, monkeypatch, space, min_weight, color_layers):
     march_span, marched = m.march_span.to_numpy().reshape(-1, 2), m.march_sample.to_numpy().reshape(-1, 5)[:n_marched]
     ray, truth = m.ray.to_numpy().reshape(-1, 8).astype(np.float64), rgba[m.ray_pixel.to_numpy()] / 255.0
     marched, owner = marched.astype(np.float64), np.repeat(np.arange(n_rays), march_span[:, 1])
+    begin = SPACE.near + random_model(3, k.STREAM_JITTER, 5, np.arange(n_rays))[1] * math.sqrt(3) / 54
+    assert not unbounded or np.abs(ray[:, 3] - begin).max() < 1e-6
     code, x = m.ray_code.to_numpy() * unbounded, ray[owner, :3] + marched[:, 3:4] * ray[owner, 4:7]
     assert_close("full: samples", marched[:, :3], contract_model(x) if unbounded else x, 1e-6)
     dt = math.sqrt(3) / 54 + unbounded * GROWTH / 54 * (marched[:, 3] - ray[owner, 3])
@@ -1788,7 +1795,7 @@ def test_full_gradient(rng, monkeypatch, space, min_weight, color_layers):
         again = visible_model(march_span, marched[:, 4], sigma, np.ones(n_rays), scale * min_weight, scale * k.T_STOP)
         assert np.array_equal(keep, again[0])
     sample, owner, counts = marched[keep], owner[keep], np.bincount(owner[keep], minlength=n_rays)
-    span, n_samples, chunk = np.stack([np.cumsum(counts) - counts, counts], 1), len(sample), m.settings["chunk"]
+    span, n_samples, chunk = spans_of(counts), len(sample), m.settings["chunk"]
     assert n_samples % chunk and 3 * chunk < n_samples < n_marched and (counts < march_span[:, 1]).sum() > 2
     assert m.counter.to_numpy().tolist() == [n_samples, n_rays, 0, n_samples]
     assert np.array_equal(m.sample.to_numpy().reshape(-1, 5)[:n_samples], sample)
@@ -1846,22 +1853,23 @@ def sphere_views(n_views, size=32, phase=0.0, exposures=None):
     return tinynerf.pack_views(views, "mask" if exposures else "background")
 
 
-def train_sphere(seed, steps, **settings):
-    """A small model trained on the sphere, and its losses of all steps; the totals have their numbers of rays, too."""
-    lines, m = [], tinynerf.Model({**TINY, **settings}, BOX, n_levels=3)
-    views = tinynerf.upload_views(m, sphere_views(12))
+def trained(m, views, seed, steps):
+    """A model after so many steps, the losses that it told of, and the totals, with the numbers of rays."""
+    lines, views = [], tinynerf.upload_views(m, views)
     total = tinynerf.train(m, views, seed, steps, report=lambda **line: lines.append(line))
     return m, np.array([line["loss"] for line in lines]), dict(total, n_rays=[line["n_rays"] for line in lines])
+
+
+def train_sphere(seed, steps, **settings):
+    """A small model trained on the sphere."""
+    return trained(tinynerf.Model({**TINY, **settings}, BOX, n_levels=3), sphere_views(12), seed, steps)
 
 
 def train_capture(seed, steps):
     """The same for photos, two of different exposure from each place."""
     scene = types.SimpleNamespace(capture=True, placement={}, train=sphere_views(12, exposures=[0.5, 1.0]))
-    losses, settings = [], {**TINY, "march": 4096, "batch": 2048, "hash_chunk": 4096 if ON_CPU else 1}
-    m = tinynerf.Model(settings, tinynerf.place_scene(scene), 24, 3)
-    views = tinynerf.upload_views(m, scene.train)
-    total = tinynerf.train(m, views, seed, steps, report=lambda **line: losses.append(line["loss"]))
-    return m, np.array(losses), total
+    settings = {**TINY, "march": 4096, "batch": 2048, "hash_chunk": 4096 if ON_CPU else 1}
+    return trained(tinynerf.Model(settings, tinynerf.place_scene(scene), 24, 3), scene.train, seed, steps)
 
 
 # Constants at which what is stored here, and in golden vectors, outlives their tuning; the host looks at every step
@@ -1876,29 +1884,13 @@ def steady(monkeypatch):
         monkeypatch.setattr(tinynerf, name, value)
 
 
-def test_replay(steady, monkeypatch):
-    """Launches that are replayed together do something else than one by one, or the same as the last time; or every
-    step makes a graph of its own; or rendering differs."""
-    runs, n_steps = [], 20 if ON_CPU else 5
-    for together in (True, False):
-        if not together:
-            monkeypatch.setattr(tinynerf, "replay", lambda launch, m, *arguments: launch(m, *arguments))
-        m, losses, _ = train_sphere(1, n_steps)
-        n_graphs = len(m.graphs)
-        runs.append((losses, m.params.to_numpy(), tinynerf.render_view(m, sphere_views(1).camera[0], 8, 8)[0]))
-        assert (n_graphs, len(m.graphs)) == ((2, 4) if together else (0, 0))
-    for got, want in zip(*runs):
-        assert np.array_equal(got, want) if ON_CPU else np.abs(got - want).max() < 1e-3 * np.abs(want).max()
-    assert len(set(runs[0][0])) == n_steps
-
-
 FIRST_LOSSES = [0.047693, 0.044057, 0.039506, 0.040347, 0.034177, 0.037057, 0.046358, 0.032571, 0.034296, 0.037579]
 
 
 def test_train_tiny(steady, monkeypatch, tmp_path, request):
     """Training is not what it was, or not what it is on a CPU, does not reach its quality, or reaches one that cannot
     be true; or a saved model renders another picture than the one that was trained."""
-    steps, quality, samples = (250, (23.5, 28), (200000, 245000)) if ON_CPU else (100, (18, 22), (90000, 100000))
+    steps, quality, samples = (250, (23.5, 28), (236000, 246000)) if ON_CPU else (100, (18, 22), (92500, 98000))
     m, losses, total = train_sphere(0, steps)        # fewer in software; other seeds: 24.2 to 27.3, 19.3 to 21.4
     print("first losses:", ", ".join(f"{loss:.6f}" for loss in losses[:10]))
     assert total["steps"] == len(losses) == steps
@@ -1907,22 +1899,33 @@ def test_train_tiny(steady, monkeypatch, tmp_path, request):
     assert_close("first losses", losses[:len(want)] / want, np.ones(len(want)), 1e-3)
     test = sphere_views(2, phase=1.0)
     metrics = tinynerf.evaluate(m, test)
-    print(f"psnr {metrics['psnr']:.2f} dB, ssim {metrics['ssim']:.4f}, {total['samples']} samples")
+    print(f"psnr {metrics['psnr']:.2f} dB, ssim {metrics['ssim']:.4f}, {total['samples']} samples, "
+          f"{total['rays_dropped']} of {total['rays'] + total['rays_dropped']} rays dropped")
     assert quality[0] < metrics["psnr"] < quality[1]         # all white: 13; it cannot know the test views' pixels
-    assert samples[0] < total["samples"] < samples[1]        # 240000 in 250 steps if none were left out
+    assert samples[0] < total["samples"] < samples[1] and total["rays_dropped"] == 0     # of 256000 and 102400, 95 %
 
     check_saved(m, test, monkeypatch, tmp_path)
 
 
-def check_saved(m, views, monkeypatch, tmp_path):
-    """A model that is saved and loaded renders the same picture, also on a machine with other tiles and waves."""
+def write_model(folder, m, views):
+    """A run folder with this model and these views to train on and to test with. Returns what its info says."""
     stored = {**tinynerf.MODEL_INFO, **tinynerf.MODELS[m.name].info}["settings"]
-    info = dict(model=m.name, n_levels=3, n_photos=m.n_photos, space=vars(m.space), scene="nowhere", downscale=1,
+    info = dict(n_levels=m.n_levels, n_photos=m.n_photos, space=vars(m.space), scene="nowhere", downscale=1,
                 width=32, height=32, settings={name: m.settings[name] for name in stored})
+    name = {} if m.name == "ngp" else dict(model=m.name)                     # which older files do not have
     cameras = dict(train=views.camera, test=views.camera, test_size=views.size)
-    tinynerf.save_model(str(tmp_path / "model.npz"), m, info, cameras)
+    os.makedirs(folder, exist_ok=True)
+    tinynerf.save_model(os.path.join(folder, "model.npz"), m, {**info, **name}, cameras)
+    return dict(info, model=m.name)
+
+
+def check_saved(m, views, monkeypatch, tmp_path):
+    """A model that is saved and loaded renders the same picture, also on a machine with other tiles and waves, and
+    whose own models are twice as large in every respect."""
+    info = write_model(tmp_path, m, views)
     want = tinynerf.render_view(m, views.camera[0], 32, 32)
-    machines = dict(same=m.settings, other={**m.settings, "march": 2**14, "rays": 1024, "block": 8})
+    twice = {name: 2 * n for name, n in info["settings"].items()}
+    machines = dict(same=m.settings, other={**m.settings, "march": 2**14, "rays": 1024, "block": 8, **twice})
     monkeypatch.setattr(tinynerf, "MACHINES", machines)
     for machine in machines:
         loaded, loaded_info, cameras = tinynerf.load_model(str(tmp_path), machine)
@@ -1938,8 +1941,7 @@ def test_train_capture(steady, monkeypatch, tmp_path):
     test = sphere_views(2, phase=1.0, exposures=[0.5, 1.0])
     before = m.params.to_numpy()
     if not ON_CPU:                                   # in software it takes too long to learn
-        fitted = tinynerf.evaluate_fitted(m, sphere_views(1, phase=1.0, size=8, exposures=[0.5]), 3, 64)
-        assert losses[-1] < losses[0] and np.isfinite(fitted) and np.array_equal(m.params.to_numpy(), before)
+        assert losses[-1] < losses[0]
         return
     metrics, fitted = tinynerf.evaluate(m, test), tinynerf.evaluate_fitted(m, test, 20, 128)
     print(f"psnr {metrics['psnr']:.2f} dB, fitted {fitted:.2f} dB, {total['samples']} samples, {total['rays']} rays, "
@@ -1952,16 +1954,24 @@ def test_train_capture(steady, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("train", [train_sphere, train_capture])
-def test_repeat(steady, train):
-    """Two runs of one seed differ, or two seeds do not."""
-    (a, loss_a, _), (b, loss_b, _), (c, loss_c, _) = (train(seed, 20 if ON_CPU else 8) for seed in (0, 0, 1))
-    assert np.abs(loss_c - loss_a).max() > 1e-3 and np.abs(a.params.to_numpy() - c.params.to_numpy()).max() > 0.01
-    if ON_CPU:
-        for name in ("params", "moment", "occupancy", "density_grid"):
-            assert np.array_equal(getattr(a, name).to_numpy(), getattr(b, name).to_numpy()), name
-        assert np.array_equal(loss_a, loss_b)
-    else:                                            # float atomics add in any order, and Adam divides by small numbers
-        assert_close("losses of a second run", loss_b, loss_a, 5e-3)
+def test_repeat(steady, monkeypatch, train):
+    """Two runs of one seed differ, also where launches are not replayed together, or two seeds do not; or every step
+    makes a graph of its own; or rendering differs."""
+    runs, n_steps = [], 20 if ON_CPU else 8
+    for seed, n_graphs in ((1, (2, 4)), (0, (2, 4)), (0, (0, 0))):
+        if n_graphs == (0, 0):
+            monkeypatch.setattr(tinynerf, "replay", lambda launch, m, *arguments: launch(m, *arguments))
+        m, losses, _ = train(seed, n_steps)
+        before = len(m.graphs)
+        picture = tinynerf.render_view(m, sphere_views(1).camera[0], 8, 8)[0]
+        assert (before, len(m.graphs)) == n_graphs and len(set(losses)) == n_steps
+        runs.append((losses, picture, *(getattr(m, name).to_numpy() for name in m.KEPT)))
+    other, a, b = runs
+    assert np.abs(other[0] - a[0]).max() > 1e-3 and np.abs(other[2] - a[2]).max() > 0.01
+    assert not ON_CPU or all(map(np.array_equal, a, b))
+    # Float atomics add in any order, and Adam divides by small numbers
+    assert_close("losses of a second run", b[0], a[0], 5e-3)
+    assert_close("a picture after it", b[1], a[1], 5e-2)
 
 
 # ---- The family -----------------------------------------------------------------------------------------------------
