@@ -2079,9 +2079,7 @@ def layer_matrix(flat, n_in, n_out):
 
 def blocks(x, capacity):
     """Rows of 64 n numbers as a buffer of n blocks; 9 in between."""
-    padded = np.full((x.shape[1] // 64, capacity, 64), 9.0)
-    padded[:, :len(x)] = x.reshape(len(x), -1, 64).transpose(1, 0, 2)
-    return rows(padded.reshape(-1, 64))
+    return layers(x.reshape(len(x), -1, 64).transpose(1, 0, 2), capacity)
 
 
 def from_blocks(buffer, n, capacity):
@@ -2118,8 +2116,8 @@ def test_layer(rng, n_x, n_h, n_out):
         assert np.array_equal(grad_y.to_numpy(), g * (want > 0))
     grad_y = blocks(g * (want > 0), capacity)
     d, e = uniform(rng, *h.shape) * (h > 0), uniform(rng, *W.shape)
-    numeric = [(g * (model(x, h + s * d, W) - model(x, h - s * d, W))).sum() / (2 * s) for s in (1e-7,)]
-    numeric_W = [(g * (model(x, h, W + s * e) - model(x, h, W - s * e))).sum() / (2 * s) for s in (1e-7,)]
+    numeric = [(g * (model(x, h + 1e-7 * d, W) - model(x, h - 1e-7 * d, W))).sum() / 2e-7]
+    numeric_W = [(g * (model(x, h, W + 1e-7 * e) - model(x, h, W - 1e-7 * e))).sum() / 2e-7]
     if n_h:
         grad_h = rows(np.full((n_h * capacity, 64), 9.0))
         k.layer_backward_input(n_h, n_out, row_t, capacity, count(n), buffer_h, weight_t, grad_y, grad_h)
@@ -2220,7 +2218,8 @@ def test_full_gradient_sampled(rng, monkeypatch, name, space):
     tinynerf.MODELS[name].step(m, n_rays, views, 3, 5, 0.0)
 
     ray = m.ray.to_numpy().reshape(-1, 8).astype(np.float64)[:n_rays]
-    view = m.ray_view.to_numpy()[:n_rays]
+    view, bend = m.ray_view.to_numpy()[:n_rays], (lambda t: t / (t + k.RADIUS)) if unbounded else lambda t: t
+    assert not unbounded or (ray[:, 3] == np.float32(SPACE.near)).all()
     truth, background = rgba[m.ray_pixel.to_numpy()[:n_rays]] / 255.0, background_model(n_rays, 3, 5)
     start, kept, levels = np.tile([0, 0, 0, 1.0], (n_rays, 1)), np.ones(n_rays, bool), []
     for at, n in ((m.coarse, m.settings["coarse"]), (m.fine, m.settings["fine"] + family.merge * m.settings["coarse"])):
@@ -2228,6 +2227,10 @@ def test_full_gradient_sampled(rng, monkeypatch, name, space):
         sample = at.sample.to_numpy().reshape(-1, 5)[:n_samples].astype(np.float64)
         span, owner = at.span.to_numpy().reshape(-1, 2)[:n_rays], owner[:n_samples]
         assert np.array_equal(span[:, 1], n * (ray[:, 3] < ray[:, 7])) and (0 < (span[:, 1] == 0).sum()) != unbounded
+        if at is m.coarse:                           # one in each even part, of bent distances where space is bent
+            first, last, j = bend(ray[owner, 3]), bend(ray[owner, 7]), np.arange(n_samples) % n
+            want = first + (j + random_model(3, k.STREAM_COARSE, 5, owner * n + j)[1]) / n * (last - first)
+            assert_close("coarse samples", bend(sample[:, 3] - family.middle * sample[:, 4]), want, 1e-5)
         feature = ENCODINGS[family.cones](sample, ray[owner], camera[view[owner]], np.zeros(len(owner)), unbounded)
         levels.append((at.net, span, sample, feature, ray[owner, 4:7]))
 
@@ -2333,7 +2336,7 @@ def test_cones(rng, unbounded):
 def test_widen_weights(rng):
     """Weights are not widened to their neighbours, or to those of another ray."""
     length = np.array([0, 1, 2, 30, 7])
-    span, weight = np.stack([np.cumsum(length) - length, length], 1), uniform(rng, length.sum(), low=0, high=1)
+    span, weight = spans_of(length), uniform(rng, length.sum(), low=0, high=1)
     wide, want = buf(np.full(len(weight) + 5, 9.0)), []
     k.widen_weights(len(span), 0.25, buf(span), buf(weight), wide)
     for first, n in span[1:]:
@@ -2452,7 +2455,9 @@ def test_composite_both(rng):
         assert np.array_equal(both_model(span, sample, rgb_sigma, transient, t_stop), want)
     assert_close("composite_both_forward", pixel.to_numpy().reshape(n, 4), want, 1e-5)
     want = numeric_gradient(lambda x: (g * both_model(span, sample, x, transient)).sum(), rgb_sigma)
-    assert_close("composite_both_backward", grad.to_numpy().reshape(-1, 4), want, 1e-4)
+    got, opaque = grad.to_numpy().reshape(-1, 4), rgb_sigma[:, 3]
+    assert_close("composite_both_backward", got, want, 1e-4)
+    assert_close("  log sigma", opaque * got[:, 3], opaque * want[:, 3], 1e-4)           # as in test_composite
     want = numeric_gradient(lambda x: (g * both_model(span, sample, rgb_sigma, x)).sum(), transient)
     got = grad_transient.to_numpy().reshape(-1, 5)
     assert_close("  of the transient part", got[:, :4] - start[:, :4] * [0, 0, 0, 1], want[:, :4], 1e-4)
@@ -2500,21 +2505,20 @@ def test_transient_head(rng):
     assert_close("  no overflow", transient.to_numpy().reshape(n, 5), transient_model(raw + 100), 1e-6)
 
 
-def step_of_family(rng, monkeypatch, name, code_shape, change, **constants):
-    """A step of a model with random parameters that leaves out no sample, and all that its model in NumPy needs. The
+def step_of_family(rng, monkeypatch, name, space, code_shape, change, **constants):
+    """A step of a model with random parameters that leaves out no ray, and all that its model in NumPy needs. The
     weights of its MLPs and the codes are changed by change(W, codes)."""
-    for constant, value in dict(constants, MIN_LIGHT=0.0, adam=lambda *arguments: None).items():     # clears gradients
-        monkeypatch.setattr(tinynerf, constant, value)
+    for constant, value in dict(constants, MIN_LIGHT=0.3, DISTORTION=0.5, adam=lambda *arguments: None).items():
+        monkeypatch.setattr(tinynerf, constant, value)           # adam would clear the gradients
     n_rays = 40
     m = tinynerf.MODELS[name].make({**TINY, **COARSE, "grid": 16, "march": 1200, "rays": n_rays, "chunk": 61,
-                                    "hash_chunk": 1200 if ON_CPU else 7}, BOX, 2, 3)
+                                    "hash_chunk": 1200 if ON_CPU else 7}, space, 2, 3)
     W = [some_weights(rng, net.n_in, net.n_hidden, net.n_out) for net in m.mlps]
     table, codes, mlps = uniform(rng, m.n_slots, F), uniform(rng, *code_shape), {**tinynerf.MLPS, **m.more_mlps}
     change(W, codes)
     tensors = [("table", table), *((f"{mlp}, layer {l}", w) for mlp, part in zip(mlps, W) for l, w in enumerate(part)),
                ("codes", codes)]
-    m.params.from_numpy(np.concatenate([x.ravel() for _, x in tensors]).astype(np.float32).reshape(-1, F))
-    tinynerf.load_weights(m)
+    fill_params(m, [x for _, x in tensors])
     m.occupancy.from_numpy(occupancy_model(rng.random(16**3) < 0.7))
     rgba, _, views = views_to_learn(rng, sizes((9, 9, 0), (12, 6, 0)))
     points = uniform(rng, 11, 3, low=0.1, high=0.9)
@@ -2523,20 +2527,24 @@ def step_of_family(rng, monkeypatch, name, code_shape, change, **constants):
     check_light(m, 5)
 
     owner, ray = m.sample_ray.to_numpy()[:m.counter.to_numpy()[0]], m.ray.to_numpy().reshape(-1, 8).astype(np.float64)
-    assert len(owner) > 200 and m.march_counter.to_numpy()[1] == n_rays      # what follows holds all of it
+    n_marched, n_whole = m.march_counter.to_numpy()[:2]
+    assert 200 < len(owner) < n_marched and n_whole == n_rays                # what follows holds all of it
     direction = ray[owner, 4:7] / np.linalg.norm(ray[owner, 4:7], axis=1, keepdims=True)
     truth, background = rgba[m.ray_pixel.to_numpy()] / 255.0, background_model(n_rays, 3, 5)
+    span = m.ray_span.to_numpy().reshape(-1, 2)
     return types.SimpleNamespace(
         m=m, W=W, table=table, codes=codes, tensors=tensors, points=points, owner=owner,
-        span=m.ray_span.to_numpy().reshape(-1, 2), harmonics=harmonics_model(direction),
-        loss=lambda pixel: loss_model(pixel, truth, np.ones(n_rays, bool), background))
+        span=span, harmonics=harmonics_model(direction),
+        loss=lambda pixel: loss_model(pixel, truth, np.ones(n_rays, bool), background),
+        spread=lambda sample, sigma: space.unbounded * 0.5 * distortion_model(span, sample, sigma).mean())
 
 
-def test_full_gradient_wild(rng, monkeypatch):
+@pytest.mark.parametrize("space", [BOX, SPACE], ids=["box", "space"])
+def test_full_gradient_wild(rng, monkeypatch, space):
     """A step of nerfw launches the wrong kernel, or one on the wrong buffer, or in the wrong order."""
     def change(W, codes):
         W[2][2][3] *= 30                             # transient densities spread wide
-    s = step_of_family(rng, monkeypatch, "nerfw", (2, 3, 8), change, TRANSIENT=0.3)
+    s = step_of_family(rng, monkeypatch, "nerfw", space, (2, 3, 8), change, TRANSIENT=0.3)
     m, W, span = s.m, s.W, s.span
     sample = m.sample.to_numpy().reshape(-1, 5)[:len(s.owner)].astype(np.float64)
     chosen = m.ray_code.to_numpy()[s.owner], m.ray_view.to_numpy()[s.owner]  # static, transient
@@ -2546,9 +2554,10 @@ def test_full_gradient_wild(rng, monkeypatch):
         color, raw = (mlp_model(np.hstack([geometry, s.harmonics, k.CODE_SCALE * code[at]]), w)[-1]
                       for code, w, at in zip(s.codes, W[1:], chosen))
         transient = transient_model(raw)
-        pixel = both_model(span, sample, np.hstack([sigmoid(color), sigma_model(geometry[:, :1])]), transient)
-        beta, mean = uncertainty_model(span, sample, transient)
-        return wild_loss_model(3 * s.loss(pixel), beta, mean, np.ones(len(pixel), bool), 0.3), pixel, beta
+        rgb_sigma = np.hstack([sigmoid(color), sigma_model(geometry[:, :1])])
+        pixel, (beta, mean) = both_model(span, sample, rgb_sigma, transient), uncertainty_model(span, sample, transient)
+        loss = wild_loss_model(3 * s.loss(pixel), beta, mean, np.ones(len(pixel), bool), 0.3)
+        return loss + s.spread(sample, rgb_sigma[:, 3]), pixel, beta
 
     _, pixel, beta = model()
     assert_close("wild: pixel", m.pixel.to_numpy().reshape(-1, 4), pixel, 1e-4)
@@ -2563,7 +2572,7 @@ def warp_input_model(x, code, alpha):
     """What the warp is told of points [n, 3] with codes [n, n_code]."""
     window = 0.5 - 0.5 * np.cos(np.pi * np.clip(alpha - np.arange(k.WARP_FREQUENCIES), 0, 1))
     p = 2 * x - 1
-    waves = frequency_model(p, k.WARP_FREQUENCIES)[:, :6 * k.WARP_FREQUENCIES] * np.repeat(window, 6)
+    waves = frequency_model(p, k.WARP_FREQUENCIES) * np.repeat(window, 6)
     return np.hstack([waves, p, np.ones((len(x), 1)), np.zeros((len(x), 4)), k.CODE_SCALE * code])
 
 
@@ -2615,7 +2624,7 @@ def test_warp_input(rng):
     the position is another one."""
     n_rays, n_code, first = 9, 8, 5
     length = rng.integers(0, 40, n_rays)
-    span, n = np.stack([np.cumsum(length) - length, length], 1), length.sum() // 3 * 3
+    span, n = spans_of(length), length.sum() // 3 * 3
     seen, view, params = uniform(rng, length.sum(), 5, low=0, high=1), rng.integers(0, 4, n_rays), uniform(rng, 48)
     code = params[first:first + 32].reshape(4, 8)[np.repeat(view, length)]
     for alpha in (0.0, 1.3, 4.0):
@@ -2766,7 +2775,7 @@ def test_set_moment(rng):
 
 def ambient_model(w):
     """What the density MLP gets of ambient coordinates [n, 2]."""
-    return np.hstack([w, frequency_model(w, k.AMBIENT_FREQUENCIES)[:, :4 * k.AMBIENT_FREQUENCIES]])
+    return np.hstack([w, frequency_model(w, k.AMBIENT_FREQUENCIES)])
 
 
 def test_ambient(rng):
@@ -2784,15 +2793,15 @@ def test_ambient(rng):
     assert_close("ambient_backward", grad.to_numpy()[:n, :2], want, 1e-4)
 
 
-@pytest.mark.parametrize("name", ["nerfies", "hypernerf"])
-def test_full_gradient_moving(rng, monkeypatch, name):
+@pytest.mark.parametrize("name, space", [("nerfies", BOX), ("hypernerf", BOX), ("nerfies", SPACE)])
+def test_full_gradient_moving(rng, monkeypatch, name, space):
     """A step of a model that moves launches the wrong kernel, or one on the wrong buffer, or in the wrong order; or its
     losses are not those of the image, of what stretches and of static points."""
     def change(W, codes):
         codes *= 10
         for part in W[2:]:                           # what moves things
             part[-1] *= 0.03
-    s = step_of_family(rng, monkeypatch, name, (3, 8), change, ELASTIC=0.05, STATIC=3.0)
+    s = step_of_family(rng, monkeypatch, name, space, (3, 8), change, ELASTIC=0.05, STATIC=3.0)
     m, W, table, codes, owner = s.m, s.W, s.table, s.codes, s.owner
     alpha, picked, view = 0.4 * k.WARP_FREQUENCIES, m.n_picked, m.ray_view.to_numpy()
     seen = m.seen.to_numpy().reshape(-1, 5)[:len(owner)].astype(np.float64)
@@ -2819,13 +2828,16 @@ def test_full_gradient_moving(rng, monkeypatch, name):
                     for axis in np.eye(3)]           # np.maximum compares real parts
         elastic = 0.05 * weight @ elastic_model(raw, np.stack(tangents, 1), x)
 
-        x = s.points[static_at]
+        x = (contract_model if space.unbounded else np.copy)(s.points[static_at])
         raw = mlp_model(warp_input_model(x, codes[static_view], alpha), W[2])[-1]
         moved = np.clip(screw_model(raw, x), 0, 1) - x
-        return s.loss(pixel).mean() + elastic + 3.0 / (3 * picked) * (moved**2).sum(), pixel, elastic
+        static, spread = 3.0 / (3 * picked) * (moved**2).sum(), s.spread(seen, rgb_sigma[:, 3])
+        return s.loss(pixel).mean() + elastic + static + spread, pixel, elastic, rgb_sigma[:, 3]
 
-    _, pixel, elastic = model()
+    _, pixel, elastic, sigma = model()
     assert_close(f"{name}: pixel", m.pixel.to_numpy().reshape(-1, 4), pixel, 1e-4)
+    want = weigh_model(s.span, seen, sigma)[elastic_at] * len(owner) / (picked * len(s.span))
+    assert_close(f"{name}: weights", weight, want, 1e-4)
     assert elastic > 1e-3
     grad = check_gradients(f"{name}, ", rng, m, s.tensors, model)
     assert (grad[2] == 0).all()                      # no photograph has the last code
