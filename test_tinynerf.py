@@ -3178,8 +3178,8 @@ def test_file_names(capture):
     photo = "images/\u5199\u3000\u771f 5.00\u202fPM \U0001f468\u200d\U0001f469.png"         # spaces, and emoji joined
     shutil.move(capture / "images" / "05.png", capture / photo)
     names = ["./images/00.png", "images/01", ".\\images\\02.png", "../elsewhere/03.png",
-             str(capture / "images" / "04.png"), photo, "images/06", "images/07", "images/08"]
-    for name, ending in zip(names[6:], (".jpg", ".jpeg", ".webp")):          # photos are known by their contents
+             str(capture / "images" / "04.png"), photo, *(f"images/0{i}" for i in (6, 7, 8, 9))]
+    for name, ending in zip(names[6:], (".jpg", ".jpeg", ".webp", ".PNG")):  # photos are known by their contents
         os.rename(capture / (name + ".png"), capture / (name + ending))
     change_json(capture / "transforms.json", lambda m: [m["frames"][9 - i].update(file_path=name)
                                                         for i, name in enumerate(names)])
