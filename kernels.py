@@ -2310,9 +2310,10 @@ def softplus(x):
 
 
 @ti.func
-def softplus_slope(y):
-    """Slope of softplus where its value is y: 1 - exp(-y); by its series where that would cancel."""
-    return ti.select(y < 0.01, y * (1.0 - y * (0.5 - y * (1.0 / 6.0 - y / 24.0))), 1.0 - ti.exp(-y))
+def alpha_of(x):
+    """1 - exp(-x), alpha of an optical depth x, and softplus' slope where its value is x; by its series where that
+    would cancel."""
+    return ti.select(x < 0.01, x * (1.0 - x * (0.5 - x * (1.0 / 6.0 - x / 24.0))), 1.0 - ti.exp(-x))
 
 
 @ti.kernel
@@ -2343,7 +2344,7 @@ def density_softplus_backward(counter: i32buf, rgb_sigma: f32buf, grad_rgb_sigma
     for i in range(counter[0]):
         for c in ti.static(range(OUTPUT)):
             grad_geometry[i][c] = grad_color_input[i][c]
-        slope = softplus_slope(rgb_sigma[4 * i + 3])
+        slope = alpha_of(rgb_sigma[4 * i + 3])
         grad_geometry[i][0] = grad_color_input[i][0] + slope * grad_rgb_sigma[4 * i + 3]
 
 
@@ -2549,7 +2550,7 @@ def transient_head_forward(counter: i32buf, transient_raw: rows16, transient: f3
 
 @ti.kernel
 def transient_head_backward(counter: i32buf, transient: f32buf, grad_transient: f32buf, grad_transient_raw: rows16):
-    """The slope of the sigmoid is rgb (1 - rgb), that of softplus softplus_slope.
+    """The slope of the sigmoid is rgb (1 - rgb), that of softplus alpha_of(softplus).
 
     counter             [4]                     in
     transient           [n_samples, 5]          in
@@ -2560,7 +2561,7 @@ def transient_head_backward(counter: i32buf, transient: f32buf, grad_transient: 
     for i in range(counter[0]):
         for c in ti.static(range(5)):
             x = transient[5 * i + c]
-            slope = x * (1.0 - x) if c < 3 else softplus_slope(x)
+            slope = x * (1.0 - x) if c < 3 else alpha_of(x)
             grad_transient_raw[i][c] = slope * grad_transient[5 * i + c]
 
 
@@ -2686,9 +2687,9 @@ def uncertainty_loss(n_rays: ti.i32, strength: ti.f32, counter: i32buf, ray_span
         first, end = ray_span[2 * r], ray_span[2 * r] + ray_span[2 * r + 1]
         T, behind = 1.0, 0.0
         for i in range(first, end):
-            through = ti.exp(-transient[5 * i + 3] * sample[5 * i + 4])
-            behind += T * (1.0 - through) * transient[5 * i + 4]
-            T *= through
+            w = T * alpha_of(transient[5 * i + 3] * sample[5 * i + 4])       # to all digits: b may be far above beta
+            behind += w * transient[5 * i + 4]
+            T -= w
         inverse = 1.0 / (BETA_MIN + behind)
         for c in ti.static(range(4)):
             grad_pixel[4 * r + c] = 1.5 * inverse * inverse * grad_pixel[4 * r + c]
@@ -2699,9 +2700,8 @@ def uncertainty_loss(n_rays: ti.i32, strength: ti.f32, counter: i32buf, ray_span
         toll = strength / (n * ti.max(end - first, 1))
         T = 1.0
         for i in range(first, end):
-            through = ti.exp(-transient[5 * i + 3] * sample[5 * i + 4])
-            w = T * (1.0 - through)
-            T *= through
+            w = T * alpha_of(transient[5 * i + 3] * sample[5 * i + 4])
+            T -= w
             behind -= w * transient[5 * i + 4]
             grad_transient[5 * i + 3] = sample[5 * i + 4] * (T * transient[5 * i + 4] - behind) * grad_beta + toll
             grad_transient[5 * i + 4] = w * grad_beta

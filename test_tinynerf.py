@@ -6026,7 +6026,7 @@ PORT_BUGS = {
     "layers: past the last chunk": ("layer_backward_weight", "ti.min(begin + chunk, counter[0])", "begin + chunk"),
     "softplus overflows": ("density_softplus_forward", "softplus",
                            "ti.max(x, 0.0) + ti.select(e < 0.01, series, ti.log(1.0 + e))", "ti.log(1.0 + ti.exp(x))"),
-    "softplus: another slope": ("density_softplus_backward", "softplus_slope", "1.0 - ti.exp(-y)", "ti.exp(-y)"),
+    "softplus: another slope": ("density_softplus_backward", "alpha_of", "1.0 - ti.exp(-x)", "ti.exp(-x)"),
     "the neighbour ray's weight": ("widen_weights", "ti.max(i - 1, first)", "ti.max(i - 1, 0)"),
     "fade of another wave": ("integrated_encode_forward", "exponent *= 4.0", "exponent *= 2.0"),
     "cones: along and across": ("integrated_encode_forward", "(v_t - v_r) * jd * jd + v_r",
