@@ -4860,6 +4860,8 @@ def test_commands(tiny, monkeypatch, capsys, recwarn):
     small = ["--frames", 2, "--size", "20x14", "--out", "orbit"]
     os.makedirs("orbit")
     shutil.copy(run / "test" / "000.png", "orbit/0002.png")                  # of an older path, a longer one
+    assert "longer video" in fails(capsys, "render", "my/run", *small)
+    os.remove("orbit/0002.png")
     assert command("render", "my/run", *small) == 0
     assert sorted(os.listdir("orbit")) == ["0000.png", "0001.png"]
     assert imageio.imread("orbit/0001.png").shape == (14, 20, 3)

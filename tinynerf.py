@@ -2058,6 +2058,8 @@ def write_frames(path, frames, n_frames):
     ending = os.path.splitext(path)[1].lower()
     if ending not in ("", ".mp4", ".gif"):
         raise UserError(f"cannot write a video as {path}", "end the name in .mp4 or .gif, or give a folder for PNGs")
+    if ending == "" and os.path.exists(os.path.join(path, f"{n_frames:04d}.png")):
+        raise UserError(f"{path} has frames of a longer video", "remove them, or choose another --out")
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     with progress_bar("render", n_frames) as show:
         if ending == "":
@@ -2065,9 +2067,6 @@ def write_frames(path, frames, n_frames):
             for i, frame in enumerate(frames):
                 imageio.imwrite(os.path.join(path, f"{i:04d}.png"), frame)
                 show(i + 1)
-            while os.path.exists(beyond := os.path.join(path, f"{n_frames:04d}.png")):   # of a longer, older path
-                os.remove(beyond)
-                n_frames += 1
             return path
         if ending == ".mp4":
             try:
