@@ -1656,7 +1656,7 @@ def distortion_loss(n_rays: ti.i32, strength: ti.f32, counter: i32buf, ray_span:
             s, ds = place_on_ray(sample[5 * i + 3], sample[5 * i + 4])
             w = T * alpha
             T *= 1.0 - alpha
-            # s (weight before - weight behind) - (moment before - moment behind), in both of which w s cancels
+            # s (weight before - weight behind) - (moment before - moment behind): the w s of both cancel
             g = 2.0 * (s * (2.0 * weight - all_weight) - (2.0 * moment - all_moment)) + 2.0 / 3.0 * w * ds
             weight += w
             moment += w * s
@@ -2303,7 +2303,7 @@ def layer_backward_weight(n_x: ti.i32, n_h: ti.i32, n_out: ti.i32, capacity: ti.
 
 @ti.func
 def softplus(x):
-    """log(1 + exp(x)); by its series where f32 would round 1 + exp(x), far below to 1: there would be no slope."""
+    """log(1 + exp(x)); by its series where the 1 would round exp(x) away: far below, there would be no slope."""
     e = ti.exp(-ti.abs(x))
     series = e * (1.0 - e * (0.5 - e * (1.0 / 3.0 - 0.25 * e)))
     return ti.max(x, 0.0) + ti.select(e < 0.01, series, ti.log(1.0 + e))
